@@ -1,0 +1,359 @@
+"""GPT-2 in NumPy, to be read from top to bottom: the model, sampling and generation, the command line.
+
+The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), as OpenAI published
+it: src/model.py of https://github.com/openai/gpt-2. The names of arguments are the names in its checkpoints.
+
+Shapes stand at the ends of lines; "..." is nothing (one sequence) or [n_batch] (several). In the released 124M model
+n_vocab = 50257, n_ctx = 1024 (the context length), n_embd = 768, n_head = 12, d_head = n_embd / n_head = 64.
+"""
+
+import codecs
+import contextlib
+import itertools
+import math
+import sys
+
+import numpy as np
+
+# ---- The model ------------------------------------------------------------------------------------------------------
+# Array functions only, so that JAX's NumPy can take NumPy's place. The KV cache alone is written in place.
+
+
+def gelu(x):
+    """Gaussian error linear unit, a ReLU with a soft bend (Hendrycks & Gimpel, 2016), by its tanh approximation."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * (x * x))))  # x**3 would be far slower
+
+
+def softmax(x):
+    """Turn numbers into probabilities along the last axis. Subtracting the maximum changes nothing but prevents overflow."""
+    exp_x = np.exp(x - x.max(-1, keepdims=True))
+    return exp_x / exp_x.sum(-1, keepdims=True)
+
+
+def layer_norm(x, g, b, eps=1e-5):
+    """Mean 0 and variance 1 along the last axis, then a learned scale g and offset b (Ba et al., 2016)."""
+    x = x - x.sum(-1, keepdims=True) / x.shape[-1]  # sum is three times faster than mean, for a single row
+    variance = (x * x).sum(-1, keepdims=True) / x.shape[-1]  # [..., 1]
+    return x / np.sqrt(variance + eps) * g + b
+
+
+def linear(x, w, b):
+    """x w + b. As one matrix, since NumPy would multiply the sequences of a batch one by one, reading w for each."""
+    return (x.reshape(-1, w.shape[0]) @ w + b).reshape(*x.shape[:-1], -1)  # [..., n_in] @ [n_in, n_out] -> [..., n_out]
+
+
+def ffn(x, c_fc, c_proj):
+    """The feed-forward network: each position is worked on by itself ("Attention Is All You Need", section 3.3)."""
+    return linear(gelu(linear(x, **c_fc)), **c_proj)  # [..., n_seq, n_embd] -> [..., n_seq, 4*n_embd] -> back
+
+
+def attention(q, k, v, mask):
+    """For each query the mean of the values, weighted by how well their keys match it (the same paper, section 3.2.1).
+
+    Products of d_head random numbers spread as sqrt(d_head): the division keeps the softmax from saturating.
+    """
+    scores = q / math.sqrt(q.shape[-1]) @ k.swapaxes(-1, -2)  # [..., n_query, d_head] -> [..., n_query, n_key]
+    return softmax(scores + mask) @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
+
+
+def mha(x, c_attn, c_proj, n_head, cache=None, positions=None):
+    """Multi-head attention: n_head attentions side by side, each in its own d_head of the n_embd dimensions.
+
+    The one rule of the mask: a query at position p sees the keys at positions <= p. The -inf of the others is a weight
+    of exactly 0. cache [2, n_batch, n_head, n_positions, d_head] holds the keys and values of earlier positions.
+    """
+    positions = np.arange(x.shape[-2]) if positions is None else positions  # [..., n_seq]
+    qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
+    q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
+    if cache is not None:
+        rows = np.arange(len(x))[:, None]  # [n_batch, 1]
+        cache[:, rows, :, positions] = qkv[..., 1:, :, :]  # each row at its own positions
+        k, v = cache[..., : positions.max() + 1, :]  # [n_batch, n_head, n_key, d_head]
+    seen = np.arange(k.shape[-2]) <= positions[..., None, :, None]  # [..., 1, n_query, n_key]
+    mask = np.where(seen, np.float32(0), np.float32(-np.inf))
+    if cache is None or x.shape[-2] == 1:
+        x = attention(q, k, v, mask)  # [..., n_head, n_seq, d_head]
+    else:  # of many queries head by head: the scores of one head stay in the processor's cache
+        heads = [slice(i, i + 1) for i in range(n_head)]
+        x = np.concatenate([attention(q[:, i], k[:, i], v[:, i], mask) for i in heads], axis=1)
+    x = x.swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
+    return linear(x.reshape(*x.shape[:-2], -1), **c_proj)  # [..., n_seq, n_embd]
+
+
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, positions=None):
+    """Attention moves information between positions, the network works on it. Both add to x instead of replacing it.
+
+    The norms come before them (pre-norm), not after as in the first transformer: x itself passes through untouched, which
+    lets deep models train.
+    """
+    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, cache=cache, positions=positions)  # [..., n_seq, n_embd]
+    return x + ffn(layer_norm(x, **ln_2), **mlp)  # [..., n_seq, n_embd]
+
+
+def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, positions=None):
+    """The logits of the token that follows each input: [..., n_seq] ids -> [..., n_seq, n_vocab].
+
+    With a cache [n_layer, 2, n_batch, n_head, n_positions, d_head], which is written to, inputs is [n_batch, n_seq] at
+    `positions` [n_batch or 1, n_seq], and only the last input of each row gets its logits: [n_batch, 1, n_vocab].
+    """
+    inputs = np.asarray(inputs)
+    positions = np.arange(inputs.shape[-1]) if positions is None else positions
+    x = wte[inputs] + wpe[positions]  # what the token is, and where it is: [..., n_seq, n_embd]
+    for i, block in enumerate(blocks):
+        x = transformer_block(x, **block, n_head=n_head, cache=None if cache is None else cache[i], positions=positions)
+    x = layer_norm(x if cache is None else x[:, -1:], **ln_f)
+    return linear(x, wte.T, 0)  # the embedding again: a token is likely where x resembles it. [..., n_seq, n_vocab]
+
+
+# ---- Sampling and generation ----------------------------------------------------------------------------------------
+
+COUNT = (int, lambda n: n >= 1, "a whole number from 1 up")
+OPTIONS = {
+    "n_tokens_to_generate": COUNT,
+    "batch_size": COUNT,
+    "temperature": (float, lambda t: 0 <= t < math.inf, "a number from 0 up"),
+    "top_k": (int, lambda k: k >= 0, "a whole number from 0 up"),
+    "top_p": (float, lambda p: 0 < p <= 1, "a number above 0 and up to 1"),
+    "seed": (int, lambda s: s >= 0, "a whole number from 0 up"),
+}
+
+
+def checked(**options):
+    """The options as a list of numbers (typed ones come as text; None: not said). ValueError: one makes no sense."""
+    for name, value in options.items():
+        kind, valid, wanted = OPTIONS[name]
+        if value is not None or OPTIONS[name] is COUNT:
+            try:
+                options[name] = kind(value)
+                if not valid(options[name]) or not isinstance(value, str) and options[name] != value:
+                    raise ValueError
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"{name} must be {wanted}, not {value!r}") from None
+    return list(options.values())
+
+
+def sample_probs(logits, temperature=1.0, top_k=None, top_p=None):
+    """The probabilities to sample from, in float64: [..., n_vocab] -> [..., n_vocab]. ValueError: as in checked().
+
+    First the temperature, which sharpens below 1 and flattens above; then only the top_k most probable tokens; then
+    only the smallest set of the most probable that together reach top_p (the nucleus; Holtzman et al., 2020).
+    """
+    temperature, top_k, top_p = checked(temperature=temperature, top_k=top_k, top_p=top_p)
+    logits = np.asarray(logits, np.float64)
+    logits = (logits - logits.max(-1, keepdims=True)) / max(temperature, 1e-300)  # 0: the limit, all on the maximum
+    n_vocab = logits.shape[-1]
+    if top_k and top_k < n_vocab:
+        logits = np.where(logits < np.partition(logits, -top_k)[..., -top_k, None], -np.inf, logits)
+    probs = softmax(logits)
+    if top_p and top_p < 1:
+        # All tokens below (1 - top_p) / n_vocab add up to less than 1 - top_p: only the n others need to be sorted.
+        n = (probs >= (1 - top_p) / n_vocab).sum(-1).max()
+        ids = np.sort(np.argpartition(-probs, n - 1)[..., :n])  # [..., n]
+        ids = np.take_along_axis(ids, np.argsort(-np.take_along_axis(probs, ids, -1), kind="stable"), -1)
+        nucleus = np.take_along_axis(probs, ids, -1)  # [..., n], falling
+        nucleus[nucleus.cumsum(-1) - nucleus >= top_p] = 0  # the more probable ones suffice
+        probs = np.zeros_like(probs)
+        np.put_along_axis(probs, ids, nucleus / nucleus.sum(-1, keepdims=True), -1)
+    return probs
+
+
+def choose(logits, streams, temperature, top_k, top_p):
+    """The next token of each row, [n_batch, n_vocab] -> [n_batch]: greedy, or drawn from the row's own random stream."""
+    if temperature == 0 or temperature is top_k is top_p is None:
+        return logits.argmax(-1)
+    cdf = sample_probs(logits, 1 if temperature is None else temperature, top_k, top_p).cumsum(-1)
+    drawn = np.array([[stream.random()] for stream in streams])  # [n_batch, 1]
+    return (cdf <= drawn * cdf[:, -1:]).sum(-1)  # the first token whose cumulative probability exceeds what was drawn
+
+
+def prefill(prompts, params, n_head, n_positions):
+    """A cache with room for n_positions that holds all but the last token of each prompt.
+
+    Prompts are padded on the right: a pad comes after every real token, so no real query sees it. About 256 tokens go
+    through the model at a time: that bounds the memory, and what each step works on stays in the processor's cache.
+    """
+    n_batch, n_seq, n_embd = len(prompts), max(map(len, prompts)), params["wpe"].shape[1]
+    cache = np.zeros((len(params["blocks"]), 2, n_batch, n_head, n_positions, n_embd // n_head), np.float32)
+    tokens = np.array([prompt + [0] * (n_seq - len(prompt)) for prompt in prompts])  # [n_batch, n_seq]
+    np.empty(8_000_000, np.float32)  # once it is freed, glibc keeps freed arrays for the next ones: a sixth of the time
+    step = max(1, 256 // n_batch)
+    for start in range(0, n_seq - 1, step):
+        positions = np.arange(start, min(start + step, n_seq - 1))[None]  # [1, n_query]
+        gpt2(tokens[:, positions[0]], **params, n_head=n_head, cache=cache, positions=positions)
+    return cache
+
+
+def generate(
+    inputs, params, n_head, n_tokens_to_generate, temperature=None, top_k=None, top_p=None, seed=None,
+    first_row=0, stop_id=None, on_token=None,
+):  # fmt: skip
+    """The ids that follow a prompt's ids; a list of lists for a list of prompts, which are decoded together.
+
+    Greedy, unless temperature (above 0), top_k or top_p is given. Row b draws from a random stream made from seed and
+    first_row + b: its neighbours do not matter. A row ends before stop_id; on_token(row, id) is told of each new id.
+    ValueError: an option makes no sense, a prompt is empty or, with the new tokens, over the context length.
+    """
+    [n_new] = checked(n_tokens_to_generate=n_tokens_to_generate)
+    *sampling, seed = checked(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    single = not len(inputs) or np.ndim(inputs[0]) == 0
+    prompts = [list(prompt) for prompt in ([inputs] if single else inputs)]
+    lengths, n_ctx = [len(prompt) for prompt in prompts], len(params["wpe"])
+    if min(lengths) < 1 or max(lengths) + n_new > n_ctx:
+        raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens and {n_new} more, in a context of {n_ctx}")
+    streams = [np.random.default_rng(None if seed is None else [seed, first_row + row]) for row in range(len(prompts))]
+    cache = prefill(prompts, params, n_head, max(lengths) + n_new)
+    ids = np.array([prompt[-1:] for prompt in prompts])  # [n_batch, 1]
+    positions = np.array(lengths)[:, None] - 1  # [n_batch, 1]
+    new, growing = [[] for _ in prompts], range(len(prompts))
+    for _ in range(n_new):
+        # A decode step: each row's token at its own position, where it replaces what a pad may have left in the cache.
+        logits = gpt2(ids, **params, n_head=n_head, cache=cache, positions=positions)  # [n_batch, 1, n_vocab]
+        chosen = choose(logits[:, 0], streams, *sampling)  # [n_batch]
+        growing = [row for row in growing if chosen[row] != stop_id]
+        for row in growing:
+            new[row].append(int(chosen[row]))
+            if on_token:
+                on_token(row, new[row][-1])
+        if not growing:
+            break
+        ids, positions = chosen[:, None], positions + 1
+    return new[0] if single else new
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+def encode(prompt, encoder, n_new, n_ctx):
+    """text -> ids, of <|endoftext|> for an empty one. ValueError: they and n_new more are over the context length."""
+    n_ids = math.ceil(len(prompt) / encoder.longest)  # at least; enough to refuse megabytes without encoding them
+    if n_ids + n_new <= n_ctx:
+        ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
+        n_ids = len(ids)
+    if n_ids + n_new > n_ctx:
+        raise ValueError(f"a prompt of {n_ids} tokens or more and {n_new} to generate: the context length is {n_ctx}")
+    return ids
+
+
+def load(prompts, n_new, model_size, models_dir):
+    """A model (encoder, params, n_head) and the ids of the prompts, which are looked at before the weights are."""
+    import utils
+
+    encoder, hparams, tf_ckpt_path = utils.load_encoder_and_hparams(model_size, models_dir)
+    ids = [encode(prompt, encoder, n_new, hparams["n_ctx"]) for prompt in prompts]
+    return (encoder, utils.load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams), hparams["n_head"]), ids
+
+
+def complete(model, ids, options, batch_size=1, first_row=0, on_token=None):
+    """The text that follows each prompt, batch by batch."""
+    encoder, params, n_head = model
+    ends = {"stop_id": encoder.encoder["<|endoftext|>"], "on_token": on_token}
+    for i in range(0, len(ids), batch_size):
+        new = generate(ids[i : i + batch_size], params, n_head, *options, first_row=first_row + i, **ends)
+        yield from map(encoder.decode, new)
+
+
+def main(
+    prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models",
+    temperature=None, top_k=None, top_p=None, seed=None, batch_size=32,
+):  # fmt: skip
+    """The text that follows a prompt; a list of texts for a list of prompts. ValueError, OSError: as they say."""
+    n_new, batch_size = checked(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size)
+    options = [n_new, *checked(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)]
+    model, ids = load([prompt] if isinstance(prompt, str) else prompt, n_new, model_size, models_dir)
+    texts = list(complete(model, ids, options, batch_size))
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def read(path):
+    """The text of a file, or of standard input ("-"), without the newline at its end. ValueError: it is not UTF-8."""
+    try:
+        with open(0 if path == "-" else path, encoding="utf-8", closefd=path != "-") as f:
+            return f.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from None
+
+
+def show(model, ids, options, first_row=0):
+    """Print the text that follows a prompt as it is generated; a character that several tokens spell, when it is whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def on_token(_, id):
+        print(decoder.decode(model[0].decode_bytes([id])), end="", flush=True)
+
+    try:
+        list(complete(model, [ids], options, first_row=first_row, on_token=on_token))
+    finally:
+        print(decoder.decode(b"", final=True), flush=True)
+
+
+def interact(model, options):
+    """Ask for prompts until Ctrl-D, or Ctrl-C at the prompt; during a generation Ctrl-C ends that alone."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() line editing and a history)
+    for place in itertools.count():
+        try:
+            with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):
+                prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            return print(file=sys.stderr)
+        try:
+            show(model, encode(prompt, model[0], options[0], len(model[1]["wpe"])), options, first_row=place)
+        except KeyboardInterrupt:
+            continue
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def cli(
+    *prompts, prompt: str = None, prompts_file: str = None, n_tokens_to_generate=40, model_size="124M",
+    models_dir="models", temperature: float = None, top_k: int = None, top_p: float = None, seed: int = None,
+    batch_size=32, json=False,
+):  # fmt: skip
+    """Continue a prompt with GPT-2.
+
+    One prompt: its text, shown as it is generated. Several: for each "> prompt" and its text. None: it asks for prompts
+    again and again, until Ctrl-D; from a pipe it reads one. The most probable token is taken each time (greedy), unless
+    temperature, top_k or top_p is given: then tokens are drawn at random.
+
+    Args:
+        prompts: what the text begins with
+        prompt: the same, for what begins with a dash: --prompt="--like this"
+        prompts_file: a file with one prompt a line; - is standard input
+        n_tokens_to_generate: at most so many tokens, of about four letters each
+        model_size: 124M, 355M, 774M, 1558M (downloaded once) or a folder in models_dir, such as 2M
+        models_dir: where the models are
+        temperature: below 1 favours probable tokens, above 1 improbable ones; 0 is greedy
+        top_k: draw from the k most probable tokens; 0 means all
+        top_p: draw from the fewest tokens that have this probability together; 1 means all
+        seed: a whole number; the same one gives the same text again
+        batch_size: so many prompts at a time
+        json: print {"prompt": …, "text": …}, one a line
+    """
+    n_new, batch_size = checked(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size)
+    options = [n_new, *checked(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)]
+    prompts = [*prompts, *([] if prompt is None else [prompt])]
+    if prompts and prompts_file is not None:
+        raise ValueError("give prompts or --prompts_file, not both")
+    if prompts_file is not None:
+        prompts = (read(prompts_file) + "\n").split("\n")[:-1]
+    elif not prompts and not sys.stdin.isatty():
+        prompts = [read("-")]
+    model, ids = load(prompts, n_new, model_size, models_dir)
+    if prompts_file is None and len(prompts) <= 1 and not json:
+        return show(model, ids[0], options) if prompts else interact(model, options)
+
+    from json import dumps
+
+    from tqdm import tqdm
+
+    texts = complete(model, ids, options, batch_size)
+    for prompt, text in tqdm(zip(prompts, texts), total=len(prompts), disable=None if prompts_file else True):
+        line = dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if str(json) == "True" else f"> {prompt}\n{text}"
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    from utils import run
+
+    run(cli)
