@@ -9,6 +9,7 @@ with the lowest rank in vocab.bpe is joined, again and again -> encoder.json has
 
 import functools
 import heapq
+import itertools
 import json
 import os
 
@@ -31,7 +32,7 @@ def bytes_to_unicode():
 
 def get_pairs(word):
     """The set of neighbours in a word, which is a sequence of pieces: "abb" -> {("a", "b"), ("b", "b")}."""
-    return set(zip(word, word[1:]))
+    return set(itertools.pairwise(word))
 
 
 class Encoder:
@@ -56,7 +57,8 @@ class Encoder:
         pieces = list(token)
         before = list(range(-1, len(pieces) - 1))  # pieces[before[i]] is the left neighbour of pieces[i]
         after = list(range(1, len(pieces) + 1))  # len(pieces): none
-        heap = [(self.bpe_ranks[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:])) if pair in self.bpe_ranks]
+        ranks = [self.bpe_ranks.get(pair) for pair in itertools.pairwise(pieces)]
+        heap = [(rank, i) for i, rank in enumerate(ranks) if rank is not None]
         heapq.heapify(heap)
         while heap:
             rank, places = heap[0][0], []

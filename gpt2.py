@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import math
 import sys
+from json import dumps
 
 import numpy as np
 
@@ -72,12 +73,12 @@ def mha(x, c_attn, c_proj, n_head, cache=None, positions=None):
     seen = np.arange(k.shape[-2]) <= positions[..., None, :, None]  # [..., 1, n_query, n_key]
     mask = np.where(seen, np.float32(0), np.float32(-np.inf))
     if cache is None or x.shape[-2] == 1:
-        x = attention(q, k, v, mask)  # [..., n_head, n_seq, d_head]
-    else:  # of many queries head by head: the scores of one head stay in the processor's cache
-        heads = [slice(i, i + 1) for i in range(n_head)]
-        x = np.concatenate([attention(q[:, i], k[:, i], v[:, i], mask) for i in heads], axis=1)
-    x = x.swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
-    return linear(x.reshape(*x.shape[:-2], -1), **c_proj)  # [..., n_seq, n_embd]
+        heads = attention(q, k, v, mask)  # [..., n_head, n_seq, d_head]
+    else:  # prefill: one head at a time, whose scores the processor can keep in its own cache
+        one = [slice(i, i + 1) for i in range(n_head)]
+        heads = np.concatenate([attention(q[:, i], k[:, i], v[:, i], mask) for i in one], axis=1)
+    heads = heads.swapaxes(-2, -3).reshape(x.shape)  # side by side again: [..., n_seq, n_embd]
+    return linear(heads, **c_proj)  # mixed: [..., n_seq, n_embd]
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, positions=None):
@@ -199,7 +200,7 @@ def generate(
     prompts = [list(prompt) for prompt in ([inputs] if single else inputs)]
     lengths, n_ctx = [len(prompt) for prompt in prompts], len(params["wpe"])
     if min(lengths) < 1 or max(lengths) + n_new > n_ctx:
-        raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens and {n_new} more, in a context of {n_ctx}")
+        raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens, {n_new} more, a context of {n_ctx}")
     streams = [np.random.default_rng(None if seed is None else [seed, first_row + row]) for row in range(len(prompts))]
     cache = prefill(prompts, params, n_head, max(lengths) + n_new)
     ids = np.array([prompt[-1:] for prompt in prompts])  # [n_batch, 1]
@@ -286,10 +287,11 @@ def show(model, ids, options, first_row=0):
         print(decoder.decode(b"", final=True), flush=True)
 
 
-def interact(model, options):
+def interact(model, options, as_json):
     """Ask for prompts until Ctrl-D, or Ctrl-C at the prompt; during a generation Ctrl-C ends that alone."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)
+    encoder, params, _ = model
     for place in itertools.count():
         try:
             with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):
@@ -297,17 +299,25 @@ def interact(model, options):
         except (EOFError, KeyboardInterrupt):
             return print(file=sys.stderr)
         try:
-            show(model, encode(prompt, model[0], options[0], len(model[1]["wpe"])), options, first_row=place)
+            ids = encode(prompt, encoder, options[0], len(params["wpe"]))
+            if as_json:
+                print(json_line(prompt, *complete(model, [ids], options, first_row=place)), flush=True)
+            else:
+                show(model, ids, options, first_row=place)
         except KeyboardInterrupt:
             continue
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
 
 
+def json_line(prompt, text):
+    return dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
+
+
 def cli(
-    *prompts, prompt: str = None, prompts_file: str = None, n_tokens_to_generate=40, model_size="124M",
-    models_dir="models", temperature: float = None, top_k: int = None, top_p: float = None, seed: int = None,
-    batch_size=32, json=False,
+    *prompts: str, prompt: str = None, prompts_file: str = None, batch_size=32,  # noqa: RUF013
+    n_tokens_to_generate=40, model_size="124M", models_dir="models",
+    temperature: float = None, top_k: int = None, top_p: float = None, seed: int = None, json=False,  # noqa: RUF013
 ):  # fmt: skip
     """Continue a prompt with GPT-2.
 
@@ -319,6 +329,7 @@ def cli(
         prompts: what the text begins with
         prompt: the same, for what begins with a dash: --prompt="--like this"
         prompts_file: a file with one prompt a line; - is standard input
+        batch_size: so many prompts are worked on at a time
         n_tokens_to_generate: at most so many tokens, of about four letters each
         model_size: 124M, 355M, 774M, 1558M (downloaded once) or a folder in models_dir, such as 2M
         models_dir: where the models are
@@ -326,12 +337,11 @@ def cli(
         top_k: draw from the k most probable tokens; 0 means all
         top_p: draw from the fewest tokens that have this probability together; 1 means all
         seed: a whole number; the same one gives the same text again
-        batch_size: so many prompts at a time
         json: print {"prompt": …, "text": …}, one a line
     """
     n_new, batch_size = checked(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size)
     options = [n_new, *checked(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)]
-    prompts = [*prompts, *([] if prompt is None else [prompt])]
+    prompts, as_json = [*prompts, *([] if prompt is None else [prompt])], str(json).lower() == "true"
     if prompts and prompts_file is not None:
         raise ValueError("give prompts or --prompts_file, not both")
     if prompts_file is not None:
@@ -339,17 +349,16 @@ def cli(
     elif not prompts and not sys.stdin.isatty():
         prompts = [read("-")]
     model, ids = load(prompts, n_new, model_size, models_dir)
-    if prompts_file is None and len(prompts) <= 1 and not json:
-        return show(model, ids[0], options) if prompts else interact(model, options)
-
-    from json import dumps
+    if prompts_file is None and not prompts:
+        return interact(model, options, as_json)
+    if prompts_file is None and len(prompts) == 1 and not as_json:
+        return show(model, ids[0], options)
 
     from tqdm import tqdm
 
     texts = complete(model, ids, options, batch_size)
-    for prompt, text in tqdm(zip(prompts, texts), total=len(prompts), disable=None if prompts_file else True):
-        line = dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if str(json) == "True" else f"> {prompt}\n{text}"
-        tqdm.write(line, file=sys.stdout)
+    for given, text in tqdm(zip(prompts, texts), total=len(prompts), disable=None if prompts_file else True):
+        tqdm.write(json_line(given, text) if as_json else f"> {given}\n{text}", file=sys.stdout)
         sys.stdout.flush()
 
 
