@@ -11,6 +11,8 @@ import codecs
 import contextlib
 import itertools
 import math
+import os
+import re
 import sys
 from json import dumps
 
@@ -266,10 +268,10 @@ def main(
 
 
 def read(path):
-    """The text of a file, or of standard input ("-"), without the newline at its end. ValueError: it is not UTF-8."""
+    """The text of a file, or of standard input ("-"), as it is. ValueError: it is not UTF-8."""
     try:
-        with open(0 if path == "-" else path, encoding="utf-8", closefd=path != "-") as f:
-            return f.read().removesuffix("\n")
+        with open(0 if path == "-" else path, encoding="utf-8", newline="", closefd=path != "-") as f:
+            return f.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error})") from None
 
@@ -345,9 +347,10 @@ def cli(
     if prompts and prompts_file is not None:
         raise ValueError("give prompts or --prompts_file, not both")
     if prompts_file is not None:
-        prompts = (read(prompts_file) + "\n").split("\n")[:-1]
-    elif not prompts and not sys.stdin.isatty():
-        prompts = [read("-")]
+        lines = re.split("\r?\n", read(prompts_file))
+        prompts = lines if lines[-1] else lines[:-1]  # a newline ends the last one too
+    elif not prompts and not os.isatty(0):
+        prompts = [re.sub(r"\r?\n\Z", "", read("-"))]
     model, ids = load(prompts, n_new, model_size, models_dir)
     if prompts_file is None and not prompts:
         return interact(model, options, as_json)
