@@ -196,8 +196,8 @@ def generate(
     first_row + b: its neighbours do not matter. A row ends before stop_id; on_token(row, id) is told of each new id.
     ValueError: an option makes no sense, a prompt is empty or, with the new tokens, over the context length.
     """
-    [n_new] = checked(n_tokens_to_generate=n_tokens_to_generate)
-    *sampling, seed = checked(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    n_new, *sampling, seed = checked(n_tokens_to_generate=n_tokens_to_generate, **options)
     single = not len(inputs) or np.ndim(inputs[0]) == 0
     prompts = [list(prompt) for prompt in ([inputs] if single else inputs)]
     lengths, n_ctx = [len(prompt) for prompt in prompts], len(params["wpe"])
@@ -227,13 +227,14 @@ def generate(
 
 
 def encode(prompt, encoder, n_new, n_ctx):
-    """text -> ids, of <|endoftext|> for an empty one. ValueError: they and n_new more are over the context length."""
-    n_ids = math.ceil(len(prompt) / encoder.longest)  # at least; enough to refuse megabytes without encoding them
-    if n_ids + n_new <= n_ctx:
-        ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
-        n_ids = len(ids)
-    if n_ids + n_new > n_ctx:
-        raise ValueError(f"a prompt of {n_ids} tokens or more and {n_new} to generate: the context length is {n_ctx}")
+    """text -> ids, that of <|endoftext|> for an empty one. ValueError: no valid text, or over the context length."""
+    at_least = math.ceil(len(prompt) / encoder.longest)  # tokens: known at once, even for megabytes
+    try:
+        ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]] if at_least <= n_ctx else range(at_least)
+    except UnicodeEncodeError:
+        raise ValueError(f"the prompt {prompt[:40]!r} is not UTF-8 text") from None
+    if len(ids) + n_new > n_ctx:
+        raise ValueError(f"{len(ids)} tokens of prompt and {n_new} to generate: the context length is {n_ctx}")
     return ids
 
 
@@ -260,9 +261,10 @@ def main(
     temperature=None, top_k=None, top_p=None, seed=None, batch_size=32,
 ):  # fmt: skip
     """The text that follows a prompt; a list of texts for a list of prompts. ValueError, OSError: as they say."""
-    n_new, batch_size = checked(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size)
-    options = [n_new, *checked(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)]
-    model, ids = load([prompt] if isinstance(prompt, str) else prompt, n_new, model_size, models_dir)
+    [batch_size] = checked(batch_size=batch_size)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options = checked(n_tokens_to_generate=n_tokens_to_generate, **sampling)
+    model, ids = load([prompt] if isinstance(prompt, str) else prompt, options[0], model_size, models_dir)
     texts = list(complete(model, ids, options, batch_size))
     return texts[0] if isinstance(prompt, str) else texts
 
@@ -289,7 +291,7 @@ def show(model, ids, options, first_row=0):
         print(decoder.decode(b"", final=True), flush=True)
 
 
-def interact(model, options, as_json):
+def interact(model, options):
     """Ask for prompts until Ctrl-D, or Ctrl-C at the prompt; during a generation Ctrl-C ends that alone."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and a history)
@@ -301,19 +303,11 @@ def interact(model, options, as_json):
         except (EOFError, KeyboardInterrupt):
             return print(file=sys.stderr)
         try:
-            ids = encode(prompt, encoder, options[0], len(params["wpe"]))
-            if as_json:
-                print(json_line(prompt, *complete(model, [ids], options, first_row=place)), flush=True)
-            else:
-                show(model, ids, options, first_row=place)
+            show(model, encode(prompt, encoder, options[0], len(params["wpe"])), options, first_row=place)
         except KeyboardInterrupt:
             continue
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
-
-
-def json_line(prompt, text):
-    return dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
 
 
 def cli(
@@ -341,9 +335,10 @@ def cli(
         seed: a whole number; the same one gives the same text again
         json: print {"prompt": …, "text": …}, one a line
     """
-    n_new, batch_size = checked(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size)
-    options = [n_new, *checked(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)]
-    prompts, as_json = [*prompts, *([] if prompt is None else [prompt])], str(json).lower() == "true"
+    [batch_size] = checked(batch_size=batch_size)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options = checked(n_tokens_to_generate=n_tokens_to_generate, **sampling)
+    prompts = [*prompts, *([] if prompt is None else [prompt])]
     if prompts and prompts_file is not None:
         raise ValueError("give prompts or --prompts_file, not both")
     if prompts_file is not None:
@@ -351,17 +346,21 @@ def cli(
         prompts = lines if lines[-1] else lines[:-1]  # a newline ends the last one too
     elif not prompts and not os.isatty(0):
         prompts = [re.sub(r"\r?\n\Z", "", read("-"))]
-    model, ids = load(prompts, n_new, model_size, models_dir)
-    if prompts_file is None and not prompts:
-        return interact(model, options, as_json)
-    if prompts_file is None and len(prompts) == 1 and not as_json:
+    as_json = str(json).lower() == "true"
+    if as_json and not prompts and prompts_file is None:
+        raise ValueError("--json needs a prompt")
+    model, ids = load(prompts, options[0], model_size, models_dir)
+    if not prompts and prompts_file is None:
+        return interact(model, options)
+    if len(prompts) == 1 and prompts_file is None and not as_json:
         return show(model, ids[0], options)
 
     from tqdm import tqdm
 
     texts = complete(model, ids, options, batch_size)
     for given, text in tqdm(zip(prompts, texts), total=len(prompts), disable=None if prompts_file else True):
-        tqdm.write(json_line(given, text) if as_json else f"> {given}\n{text}", file=sys.stdout)
+        line = dumps({"prompt": given, "text": text}, ensure_ascii=False) if as_json else f"> {given}\n{text}"
+        tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
 
