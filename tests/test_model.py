@@ -1,0 +1,433 @@
+"""Both forms of the model: held to what HF transformers computed, and each function to its formula, written out."""
+
+import ast
+import inspect
+import json
+import math
+import operator
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, ROOT
+
+import gpt2
+import gpt2_pico
+import utils
+
+HPARAMS = {"n_vocab": 31, "n_ctx": 600, "n_embd": 12, "n_head": 3, "n_layer": 2}
+
+
+@pytest.fixture(params=[gpt2, gpt2_pico], ids=lambda module: module.__name__)
+def module(request):
+    return request.param
+
+
+def nested(tensors):
+    """{"model/h0/attn/c_attn/w": array, ...} -> params."""
+    params = {"blocks": [{} for name in tensors if name.endswith("ln_1/g")]}
+    for name, tensor in tensors.items():
+        *path, last = name.replace("/h", "/blocks/").split("/")[1:]
+        inner = params
+        for key in path:
+            inner = inner[int(key)] if key.isdigit() else inner.setdefault(key, {})
+        inner[last] = tensor
+    return params
+
+
+def random_params(seed=0):
+    """The weights of a small model, large enough to bend every curve."""
+    rng = np.random.default_rng(seed)
+    shapes = utils.tensor_shapes(HPARAMS)
+    return nested({name: rng.normal(0, 0.7, shape).astype(np.float32) for name, shape in shapes.items()})
+
+
+def random_ids(*shape, n_vocab=HPARAMS["n_vocab"], seed=0):
+    return np.random.default_rng(seed).integers(n_vocab, size=shape).tolist()
+
+
+# ---- Each function, from its formula, number by number in float64 -----------------------------------------------------
+# Vectors are lists of floats, matrices lists of rows.
+
+
+def plain_gelu(x):
+    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def plain_softmax(xs):
+    return [1 / math.fsum(math.exp(other - x) for other in xs) for x in xs]
+
+
+def plain_layer_norm(xs, g, b, eps=1e-5):
+    mean = math.fsum(xs) / len(xs)
+    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in xs) / len(xs) + eps)
+    return [(x - mean) / deviation * g[i] + b[i] for i, x in enumerate(xs)]
+
+
+def plain_linear(xs, w, b):
+    return [math.fsum(x * row[j] for x, row in zip(xs, w)) + b[j] for j in range(len(w[0]))]
+
+
+def plain_ffn(xs, c_fc, c_proj):
+    return plain_linear([plain_gelu(x) for x in plain_linear(xs, **c_fc)], **c_proj)
+
+
+def plain_attention(queries, keys, values):
+    """Causal: query number i sees the first i + 1 keys."""
+    result = []
+    for i, query in enumerate(queries):
+        scores = [math.fsum(map(operator.mul, query, key)) / math.sqrt(len(query)) for key in keys[: i + 1]]
+        weights = plain_softmax(scores)
+        result.append([math.fsum(w * value[d] for w, value in zip(weights, values)) for d in range(len(values[0]))])
+    return result
+
+
+def plain_mha(rows, c_attn, c_proj, n_head):
+    n_embd, qkv = len(rows[0]), [plain_linear(row, **c_attn) for row in rows]
+    joined = [[] for _ in rows]
+    for start in range(0, n_embd, n_embd // n_head):
+        q, k, v = ([row[i + start : i + start + n_embd // n_head] for row in qkv] for i in (0, n_embd, 2 * n_embd))
+        for row, part in zip(joined, plain_attention(q, k, v)):
+            row.extend(part)
+    return [plain_linear(row, **c_proj) for row in joined]
+
+
+def plain_transformer_block(rows, mlp, attn, ln_1, ln_2, n_head):
+    moved = plain_mha([plain_layer_norm(row, **ln_1) for row in rows], **attn, n_head=n_head)
+    rows = [[x + y for x, y in zip(*pair)] for pair in zip(rows, moved)]
+    return [[x + y for x, y in zip(row, plain_ffn(plain_layer_norm(row, **ln_2), **mlp))] for row in rows]
+
+
+def plain_gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
+    rows = [[x + y for x, y in zip(wte[id], wpe[place])] for place, id in enumerate(inputs)]
+    for block in blocks:
+        rows = plain_transformer_block(rows, **block, n_head=n_head)
+    rows = [plain_layer_norm(row, **ln_f) for row in rows]
+    return [[math.fsum(x * y for x, y in zip(row, embedding)) for embedding in wte] for row in rows]
+
+
+def plain(tree):
+    """Arrays, also inside dicts and lists, as lists of floats."""
+    if isinstance(tree, dict):
+        return {key: plain(value) for key, value in tree.items()}
+    return [plain(value) for value in tree] if isinstance(tree, list) else tree.tolist()
+
+
+BLOCK, N_HEAD = random_params()["blocks"][0], HPARAMS["n_head"]
+X = np.random.default_rng(1).normal(0, 2, (2, 3, HPARAMS["n_embd"])).astype(np.float32)  # [n_batch, n_seq, n_embd]
+CASES = {  # name of the function: (the formula, how many axes of x it takes, other arguments)
+    "gelu": (plain_gelu, 0, {}),
+    "softmax": (plain_softmax, 1, {}),
+    "layer_norm": (plain_layer_norm, 1, BLOCK["ln_1"]),
+    "linear": (plain_linear, 1, BLOCK["attn"]["c_attn"]),
+    "ffn": (plain_ffn, 1, BLOCK["mlp"]),
+    "mha": (plain_mha, 2, {**BLOCK["attn"], "n_head": N_HEAD}),
+    "transformer_block": (plain_transformer_block, 2, {**BLOCK, "n_head": N_HEAD}),
+}
+
+
+def on_rows(formula, n_axes, x):
+    """A formula for n_axes axes, on each such part of x."""
+    return formula(x.tolist()) if x.ndim == n_axes else [on_rows(formula, n_axes, part) for part in x]
+
+
+@pytest.mark.parametrize("x", [X, X[0], X[:1, :1]], ids=["batch", "sequence", "token"])
+@pytest.mark.parametrize("name", CASES)
+def test_function_is_its_formula(module, name, x):
+    """With and without a batch axis; float32 in, float32 out."""
+    formula, n_axes, kwargs = CASES[name]
+    others = {key: value if key == "n_head" else plain(value) for key, value in kwargs.items()}
+    result = getattr(module, name)(x, **kwargs)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, on_rows(lambda part: formula(part, **others), n_axes, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"eps": 1e-3}], ids=str)
+def test_layer_norm_eps(module, kwargs):
+    """eps keeps a row without variance finite, and counts where variance is small."""
+    x, ones = np.array([[3, 3, 3], [0.01, 0, -0.01]], np.float32), np.ones(3, np.float32)
+    expected = [plain_layer_norm(row, [1, 1, 1], [0, 0, 0], **kwargs) for row in x.tolist()]
+    np.testing.assert_allclose(module.layer_norm(x, ones, 0 * ones, **kwargs), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_softmax_of_large_numbers(module):
+    """No overflow, and -inf is a probability of exactly 0."""
+    x = np.array([[1000, 1000, -np.inf], [-1e30, -np.inf, -1e30]], np.float32)
+    assert module.softmax(x).tolist() == [[0.5, 0.5, 0], [0.5, 0, 0.5]]
+
+
+def test_attention_is_its_formula(module):
+    """Masked attention on [n_batch, n_head, n_seq, d_head]."""
+    q, k, v = np.random.default_rng(2).normal(0, 1.5, (3, 2, 3, 5, 4)).astype(np.float32)
+    mask = np.array([[0 if key <= query else -np.inf for key in range(5)] for query in range(5)], np.float32)
+    expected = [
+        [plain_attention(*head) for head in zip(*row)] for row in zip(*(plain(list(array)) for array in (q, k, v)))
+    ]
+    result = module.attention(q, k, v, mask)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gpt2_is_its_formula(module):
+    """The whole model, on a list, on an array, on a batch."""
+    params, ids = random_params(), random_ids(2, 6)
+    expected = [plain_gpt2(row, **plain(params), n_head=N_HEAD) for row in ids]
+    for inputs, logits in [
+        (ids, expected),
+        (np.array(ids), expected),
+        (ids[0], expected[0]),
+        (ids[1][:1], expected[1][:1]),
+    ]:
+        result = module.gpt2(inputs, **params, n_head=N_HEAD)
+        assert result.dtype == np.float32
+        np.testing.assert_allclose(result, logits, rtol=1e-3, atol=1e-3)
+
+
+# ---- The bundled model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden["prompt"][:12])
+def test_golden(module, model, golden):
+    """Ids, logits, 40 tokens and their text are those of HF transformers' GPT2LMHeadModel."""
+    encoder, hparams, params = model
+    ids = encoder.encode(golden["prompt"])
+    assert ids == golden["ids"]
+    logits = module.gpt2(ids, **params, n_head=hparams["n_head"])[-1]
+    np.testing.assert_allclose(logits[:16], golden["logits16"], rtol=0, atol=1e-3)
+    assert abs(np.log(np.exp(logits.astype(np.float64)).sum()) - golden["logsumexp"]) < 1e-3
+    assert logits.argmax() == golden["argmax"]
+    assert module.generate(ids, params, hparams["n_head"], 40) == golden["greedy"]
+    assert module.main(golden["prompt"], model_size="2M", models_dir=ROOT / "models") == golden["text"]
+
+
+@pytest.mark.parametrize("prompts", [[golden["prompt"] for golden in GOLDEN], ["Once"]], ids=len)
+def test_main_on_a_list(module, prompts):
+    """A list of texts for a list of prompts, also of one."""
+    texts = {golden["prompt"]: golden["text"] for golden in GOLDEN}
+    assert module.main(prompts, 40, "2M", ROOT / "models") == [texts[prompt] for prompt in prompts]
+
+
+def test_main_on_an_empty_list():
+    """No prompts, no texts."""
+    assert gpt2.main([], 40, "2M", ROOT / "models") == []
+
+
+def test_endoftext(module, model):
+    """An empty prompt starts from <|endoftext|>; a text ends before the first one that is generated, if at once."""
+    encoder, hparams, params = model
+    end = encoder.encoder["<|endoftext|>"]
+    ids = module.generate([end], params, hparams["n_head"], 60)
+    assert end in ids[1:]  # or the next line shows nothing
+    texts = module.main(["", "and they lived happily ever after."], 60, "2M", ROOT / "models")
+    assert texts == [encoder.decode(ids[: ids.index(end)]), ""]
+    assert module.main("", 60, "2M", ROOT / "models") == texts[0]
+
+
+# ---- float32 --------------------------------------------------------------------------------------------------------
+
+
+class Watched(np.ndarray):
+    """An array that notes what NumPy computes from it: (name of the function, dtype of its result)."""
+
+    seen = None
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **kwargs):
+        inputs, out = ([x.view(np.ndarray) if isinstance(x, Watched) else x for x in xs] for xs in (inputs, out))
+        result = getattr(ufunc, method)(*inputs, **kwargs, **({"out": tuple(out)} if out else {}))
+        Watched.seen.append((ufunc.__name__, result.dtype))
+        return result.view(Watched)
+
+
+def watched(tree):
+    if isinstance(tree, dict):
+        return {key: watched(value) for key, value in tree.items()}
+    return [watched(value) for value in tree] if isinstance(tree, list) else tree.view(Watched)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_nothing_is_float64(module, monkeypatch, cached):
+    """Every intermediate result is float32, the cache and the logits too."""
+    monkeypatch.setattr(Watched, "seen", [])
+    calls = recorded(module, monkeypatch)
+    params = watched(random_params())
+    if cached:
+        module.generate(random_ids(2, 5), params, N_HEAD, 2)
+    else:
+        module.gpt2(random_ids(2, 5), **params, n_head=N_HEAD)
+    assert {dtype for _, dtype in Watched.seen} == {np.dtype(np.float32)}
+    assert {"add", "divide", "exp", "matmul", "multiply", "sqrt", "subtract", "tanh"} <= {
+        name for name, _ in Watched.seen
+    }
+    assert {logits.dtype for logits, _ in calls} == {np.dtype(np.float32)}
+    assert {cache.dtype for _, cache in calls if cache is not None} == ({np.dtype(np.float32)} if cached else set())
+
+
+# ---- The mask, the cache, the batch ---------------------------------------------------------------------------------
+
+
+def recorded(module, monkeypatch):
+    """The list to which each call of the module's gpt2() from now on adds (logits, cache)."""
+    calls, original = [], module.gpt2
+
+    def gpt2(*args, **kwargs):
+        logits = original(*args, **kwargs)
+        calls.append((logits, kwargs.get("cache")))
+        return logits
+
+    monkeypatch.setattr(module, "gpt2", gpt2)
+    return calls
+
+
+def generated(module, monkeypatch, prompts, params, n_head, n_new):
+    """What generate returns, and the logits it chose from: [n_batch, n_new, n_vocab]."""
+    with monkeypatch.context() as patch:
+        calls = recorded(module, patch)
+        new = module.generate(prompts, params, n_head, n_new)
+    return new, np.concatenate([logits for logits, _ in calls[-n_new:]], axis=1)
+
+
+def uncached(module, prompt, params, n_head, n_new):
+    """The same for one prompt, by asking for the whole sequence again and again."""
+    ids, rows = list(prompt), []
+    for _ in range(n_new):
+        rows.append(module.gpt2(ids, **params, n_head=n_head)[-1])
+        ids.append(int(rows[-1].argmax()))
+    return ids[len(prompt) :], np.array(rows)
+
+
+def test_causality(module, model):
+    """A token changes the logits of its own position and of later ones, of none before."""
+    _, hparams, params = model
+    ids = random_ids(12, n_vocab=hparams["n_vocab"])
+    before = module.gpt2(ids, **params, n_head=hparams["n_head"])
+    after = module.gpt2([*ids[:7], ids[7] ^ 1, *ids[8:]], **params, n_head=hparams["n_head"])
+    difference = np.abs(before - after).max(-1)
+    assert difference[:7].max() < 1e-5
+    assert difference[7:].min() > 1e-2
+
+
+@pytest.mark.parametrize("golden", GOLDEN[1::2], ids=lambda golden: golden["prompt"][:12])
+def test_cache(module, model, monkeypatch, golden):
+    """Generation with the cache is generation without it, logits and all."""
+    args = model[2], model[1]["n_head"], 20
+    new, logits = generated(module, monkeypatch, golden["ids"], *args)
+    expected, expected_logits = uncached(module, golden["ids"], *args)
+    assert new == expected
+    np.testing.assert_allclose(logits[0], expected_logits, rtol=0, atol=1e-3)
+
+
+def test_call_with_a_cache(module):
+    """Several tokens at once, then one: the logits of the last are those without a cache."""
+    params, ids = random_params(), np.array(random_ids(2, 6))
+    size = HPARAMS["n_layer"], 2, 2, N_HEAD, 8, HPARAMS["n_embd"] // N_HEAD
+    model, positions = {**params, "n_head": N_HEAD, "cache": np.zeros(size, np.float32)}, np.arange(6)[None]
+    expected = module.gpt2(ids, **params, n_head=N_HEAD)
+    for last, part in [(2, slice(0, 3)), (4, slice(3, 5)), (5, slice(5, 6))]:
+        logits = module.gpt2(ids[:, part], **model, positions=positions[:, part])
+        assert logits.shape == (2, 1, HPARAMS["n_vocab"])
+        np.testing.assert_allclose(logits[:, 0], expected[:, last], rtol=0, atol=1e-3)
+
+
+def test_ragged_batch(module, model, monkeypatch):
+    """Prompts of very different lengths give in one batch what each gives alone, logits and all."""
+    _, hparams, params = model
+    prompts = [random_ids(n, n_vocab=hparams["n_vocab"], seed=n) for n in (2, 200, 1, 7)]
+    rows, logits = generated(module, monkeypatch, prompts, params, hparams["n_head"], 20)
+    for prompt, row, row_logits in zip(prompts, rows, logits):
+        alone, alone_logits = generated(module, monkeypatch, prompt, params, hparams["n_head"], 20)
+        assert row == alone
+        np.testing.assert_allclose(row_logits, alone_logits[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[256], [257], [258], [520], [3, 400, 130], [2] * 300 + [4]], ids=lambda n: str(n[-3:])
+)
+def test_long_prompts(module, monkeypatch, lengths):
+    """Prompts that are filled in by more than one piece, as they are one by one without a cache."""
+    params, prompts = random_params(), [random_ids(n, seed=i) for i, n in enumerate(lengths)]
+    rows, logits = generated(module, monkeypatch, prompts, params, N_HEAD, 5)
+    for i in sorted({0, 1, len(prompts) - 1} & {*range(len(prompts))}):
+        expected, expected_logits = uncached(module, prompts[i], params, N_HEAD, 5)
+        assert rows[i] == expected
+        np.testing.assert_allclose(logits[i], expected_logits, rtol=0, atol=1e-3)
+
+
+def test_prefill_in_pieces(model, monkeypatch):
+    """No more than 256 tokens go through gpt2.py's model at a time, in a batch of up to 256."""
+    sizes, original = [], gpt2.gpt2
+    monkeypatch.setattr(gpt2, "gpt2", lambda ids, **kwargs: sizes.append(np.size(ids)) or original(ids, **kwargs))
+    gpt2.generate(random_ids(5, 100), random_params(), N_HEAD, 1)
+    assert max(sizes) <= 256
+    assert sum(sizes) == 5 * 100
+
+
+def test_what_generate_takes(module, model):
+    """Lists, tuples, arrays, ids in a batch or not; the caller's are unchanged, the new ids are Python's integers."""
+    _, hparams, params = model
+    ids = GOLDEN[2]["ids"]
+    prompts, expected = [list(ids), [5, 6]], GOLDEN[2]["greedy"][:6]
+    for inputs in (list(ids), tuple(ids), np.array(ids), np.array(ids, np.int32)):
+        new = module.generate(inputs, params, hparams["n_head"], 6)
+        assert new == expected
+        assert {type(id) for id in new} == {int}
+        assert list(inputs) == ids
+    for inputs in (prompts, [tuple(row) for row in prompts], [np.array(row) for row in prompts]):
+        assert module.generate(inputs, params, hparams["n_head"], 6)[0] == expected
+    assert module.generate([ids], params, hparams["n_head"], 6) == [expected]
+    assert module.generate(np.array([ids, ids]), params, hparams["n_head"], 6) == [expected, expected]
+    assert prompts == [ids, [5, 6]]
+    assert json.dumps(ids)  # plain integers, still
+
+
+def test_context_length(module, model):
+    """A prompt and its new tokens may fill the context length to the last token; one more is refused."""
+    encoder, hparams, _ = model
+    n_ctx, text = hparams["n_ctx"], " the" * 200
+    n_ids = len(encoder.encode(text))
+    options = {"model_size": "2M", "models_dir": ROOT / "models"}
+    assert len(encoder.encode(module.main(text, n_ctx - n_ids, **options))) > 0
+    with pytest.raises(ValueError, match=str(n_ctx)):
+        module.main(text, n_ctx - n_ids + 1, **options)
+    for prompt, n_new in [(" the" * n_ctx, 1), (" the" * 100_000, 1), ("", n_ctx)]:
+        with pytest.raises(ValueError, match=str(n_ctx)):
+            module.main(prompt, n_new, **options)
+
+
+def test_context_length_of_generate():
+    """The same for generate, by the longest prompt of a batch; the last new token is the one without a cache."""
+    params, n_ctx = random_params(), HPARAMS["n_ctx"]
+    ids = random_ids(n_ctx - 3)
+    assert gpt2.generate([ids, [1]], params, N_HEAD, 3)[0] == uncached(gpt2, ids, params, N_HEAD, 3)[0]
+    for inputs in (ids, [[1], ids], [], [[]], [ids[:1], []]):
+        with pytest.raises(ValueError, match=str(n_ctx)):
+            gpt2.generate(inputs, params, N_HEAD, 4)
+
+
+# ---- The files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module_name, packages",
+    [
+        ("gpt2", "tensorflow requests fire tqdm regex utils encoder"),
+        ("gpt2_pico", "tensorflow requests fire tqdm"),
+        ("utils", "tensorflow requests fire tqdm"),
+    ],
+)
+def test_imports(module_name, packages):
+    """To read or import the model costs NumPy alone; what is slow to import waits until it is needed."""
+    code = f"import sys, numpy; before = set(sys.modules); import {module_name}; print(*(set(sys.modules) - before))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = result.stdout.split()
+    assert module_name in loaded
+    assert not {name.partition(".")[0] for name in loaded} & set(packages.split())
+
+
+def test_pico_is_small():
+    """At most 40 non-blank lines from the first function to the end of gpt2(), and 65 in the file."""
+    lines = inspect.getsource(gpt2_pico).splitlines()
+    functions = {node.name: node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.FunctionDef)}
+    first = min(node.lineno for node in functions.values())
+    assert 0 < len([line for line in lines[first - 1 : functions["gpt2"].end_lineno] if line.strip()]) <= 40
+    assert len(lines) <= 65

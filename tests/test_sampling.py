@@ -1,0 +1,361 @@
+"""Sampling: the probabilities held to the definition and to HF transformers, what is drawn to the probabilities."""
+
+import math
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, ROOT
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import gpt2
+
+PROMPTS = [golden["ids"] for golden in GOLDEN]
+COMMA = GOLDEN[0]["greedy"][2]  # five of the six greedy texts have one
+
+# ---- sample_probs ---------------------------------------------------------------------------------------------------
+
+
+def plain_probs(logits, temperature=1.0, top_k=None, top_p=None):
+    """The definition, for one list of logits; the case where rounding decides what the nucleus is, is passed over."""
+    scaled = [x / temperature for x in logits]
+    if top_k:
+        least = sorted(scaled)[-top_k:][0]
+        scaled = [x if x >= least else -math.inf for x in scaled]
+    weights = [math.exp(x - max(scaled)) for x in scaled]
+    if top_p and top_p < 1:
+        kept, total = [], 0
+        for i in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
+            kept.append(i)
+            total += weights[i] / math.fsum(weights)
+            assume(abs(total - top_p) > 1e-9)
+            if total >= top_p:
+                break
+        weights = [weight if i in kept else 0 for i, weight in enumerate(weights)]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+@st.composite
+def cases(draw):
+    """(logits [n], [2, n] or [2, 3, n], temperature, top_k, top_p); coarse logits, so that many are equal."""
+    shape = *draw(st.sampled_from([(), (2,), (2, 3)])), draw(st.integers(1, 30))
+    values = st.integers(-80, 80) if draw(st.booleans()) else st.integers(-2, 2)
+    n = math.prod(shape)
+    logits = np.array(draw(st.lists(values, min_size=n, max_size=n)), np.float32).reshape(shape) / 8
+    temperature = draw(st.just(1.0) | st.floats(0.05, 20) | st.sampled_from([1e-300, 1e300]))
+    top_k = draw(st.none() | st.integers(0, shape[-1] + 2))
+    return logits, temperature, top_k, draw(st.none() | st.floats(1e-6, 1, exclude_max=True) | st.just(1))
+
+
+@settings(deadline=None, max_examples=1000)
+@given(cases())
+def test_definition(case):
+    """Temperature, then top-k (all that tie), then top-p (of those that tie the first), on each row, to rounding."""
+    logits, *options = case
+    before = logits.copy()
+    probs = gpt2.sample_probs(logits, *options)
+    assert probs.shape == logits.shape
+    assert np.array_equal(logits, before)
+    for row, result in zip(logits.reshape(-1, logits.shape[-1]), probs.reshape(-1, logits.shape[-1])):
+        expected = plain_probs(row.tolist(), *options)
+        assert [p > 0 for p in result] == [p > 0 for p in expected]
+        np.testing.assert_allclose(result, expected, rtol=1e-9)
+
+
+# softmax of what HF transformers 5.23.0 (torch 2.13.0, float64) gives for these logits with its TemperatureLogitsWarper,
+# TopKLogitsWarper and TopPLogitsWarper, one after the other
+LOGITS = [2.5, -1.0, 0.3, 1.7, -4.2, 0.4, 2.1, -0.6]
+BY_HF = {
+    (1.0, None, None): [0.4116266, 0.01243, 0.0456095, 0.1849558, 0.0005067, 0.0504063, 0.2759216, 0.0185435],
+    (0.7, None, None): [0.5011752, 0.0033769, 0.0216304, 0.1598281, 3.49e-05, 0.024952, 0.2830227, 0.0059798],
+    (1.9, None, None): [0.2860984, 0.0453419, 0.0898769, 0.1877823, 0.008415, 0.094734, 0.2317848, 0.0559667],
+    (None, 3, None): [0.4717762, 0.0, 0.0, 0.2119827, 0.0, 0.0, 0.3162411, 0.0],
+    (None, 5, None): [0.4250059, 0.0, 0.047092, 0.1909675, 0.0, 0.0520447, 0.28489, 0.0],
+    (None, None, 0.5): [0.5986877, 0.0, 0.0, 0.0, 0.0, 0.0, 0.4013123, 0.0],
+    (None, None, 0.9): [0.4460094, 0.0, 0.0, 0.2004049, 0.0, 0.0546167, 0.298969, 0.0],
+    (None, None, 0.05): [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    (0.6, 4, None): [0.5533386, 0.0, 0.0, 0.1458585, 0.0, 0.0167094, 0.2840935, 0.0],
+    (1.5, None, 0.8): [0.384738, 0.0, 0.0, 0.2257051, 0.0, 0.0948752, 0.2946817, 0.0],
+    (None, 6, 0.75): [0.4717762, 0.0, 0.0, 0.2119827, 0.0, 0.0, 0.3162411, 0.0],
+    (0.8, 4, 0.9): [0.5064804, 0.0, 0.0, 0.1863237, 0.0, 0.0, 0.3071959, 0.0],
+    (2.5, 5, 0.97): [0.291989, 0.0, 0.1211121, 0.2120275, 0.0, 0.1260547, 0.2488166, 0.0],
+    (None, 100, 0.999): [0.4118353, 0.0124363, 0.0456327, 0.1850495, 0.0, 0.0504319, 0.2760615, 0.0185529],
+}
+
+
+@pytest.mark.parametrize("options", BY_HF, ids=str)
+def test_as_hf_transformers(options):
+    """Numbers computed once with HF's warpers; an option that was not given is None here."""
+    temperature, top_k, top_p = options
+    probs = gpt2.sample_probs(LOGITS, 1.0 if temperature is None else temperature, top_k, top_p)
+    np.testing.assert_allclose(probs, BY_HF[options], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "weights, options, kept",
+    [
+        ([1, 4, 2, 1], {"top_p": 0.5}, [1]),  # exactly p is enough
+        ([1, 4, 2, 1], {"top_p": 0.5001}, [1, 2]),
+        ([1, 4, 2, 1], {"top_p": 0.75}, [1, 2]),
+        ([1, 4, 2, 1], {"top_p": 0.8}, [0, 1, 2]),  # of those that tie, the lowest id
+        ([1, 4, 2, 1], {"top_p": 0.9}, [0, 1, 2, 3]),
+        ([1, 4, 2, 1], {"top_p": 1e-300}, [1]),  # never empty
+        ([1, 1, 1, 1], {"top_p": 0.5}, [0, 1]),
+        ([1, 1, 1, 1], {"top_p": 1e-300}, [0]),
+        ([1, 4, 2, 1], {"top_k": 3}, [0, 1, 2, 3]),  # all that tie
+        ([1, 4, 2, 1], {"top_k": 2}, [1, 2]),
+        ([1, 4, 2, 1], {"top_k": 2, "top_p": 0.6}, [1]),  # 4/6 of what top-k leaves
+        ([1, 4, 2, 1], {"temperature": 0.5, "top_p": 0.7}, [1]),  # 16/22
+        ([1, 4, 2, 1], {"temperature": 1e-300}, [1]),
+        ([4, 4, 2, 1], {"temperature": 0}, [0, 1]),  # the limit
+        ([4, 4, 2, 1], {"temperature": 0, "top_p": 0.5}, [0]),
+        ([1, 4, 2, 1], {"temperature": 1e300}, [0, 1, 2, 3]),
+        ([1, 4, 2, 1], {"temperature": "0.5", "top_k": "3", "top_p": "0.7"}, [1]),  # as typed
+    ],
+)
+def test_kept(weights, options, kept):
+    """Which tokens are left, in cases without rounding; and nothing overflows on the way to it."""
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        probs = gpt2.sample_probs(np.log2(weights) * math.log(2), **options)
+    assert np.flatnonzero(probs).tolist() == kept
+    assert abs(probs.sum() - 1) < 1e-12
+
+
+@pytest.mark.parametrize("options", [{"top_k": 0}, {"top_p": 1}, {"top_k": 0, "top_p": 1}, {"top_k": 10**9}], ids=str)
+def test_off(options):
+    """top_k 0 or beyond the vocabulary and top_p 1 change nothing."""
+    logits = np.random.default_rng(0).normal(0, 30, (2, 500))
+    assert np.array_equal(gpt2.sample_probs(logits, **options), gpt2.sample_probs(logits))
+
+
+@pytest.mark.parametrize("offset", [0, 1e9])
+@pytest.mark.parametrize("temperature, expected", [(1e-300, [0, 1, 0]), (0, [0, 1, 0]), (1e300, [1 / 3] * 3)])
+def test_extreme_temperatures(temperature, expected, offset):
+    """The limits, without an overflow, wherever the logits lie."""
+    with np.errstate(over="raise", invalid="raise", divide="raise"):
+        probs = gpt2.sample_probs(np.array([-60, 40, 39.5]) + offset, temperature)
+    np.testing.assert_allclose(probs, expected, rtol=1e-12)
+
+
+def test_nucleus_of_a_large_vocabulary():
+    """50,257 logits of any spread: the nucleus reaches p and would not without its least probable token."""
+    for spread in (0, 0.01, 1, 5, 20):
+        logits = np.random.default_rng(1).normal(0, spread, 50257)
+        for p in (0.001, 0.5, 0.9, 0.999999):
+            full, probs = gpt2.sample_probs(logits), gpt2.sample_probs(logits, top_p=p)
+            kept = full[probs > 0]
+            assert kept.sum() >= p - 1e-12
+            assert kept.sum() - kept.min() < p + 1e-12
+            assert kept.min() >= full[probs == 0].max(initial=0)
+            np.testing.assert_allclose(probs[probs > 0], kept / kept.sum(), rtol=1e-9)
+
+
+# ---- What is drawn --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sample(model):
+    """generate on the bundled model."""
+    _, hparams, params = model
+
+    def sample(inputs, n_tokens_to_generate=12, **options):
+        return gpt2.generate(inputs, params, hparams["n_head"], n_tokens_to_generate, **options)
+
+    return sample
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1},
+        {"temperature": 0.7, "top_k": 20},
+        {"top_p": 0.8},
+        {"temperature": 3, "top_k": 500, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_frequencies(sample, model, options):
+    """20,000 draws of the token after "O" spread over the tokens as sample_probs says, and over no others."""
+    _, hparams, params = model
+    probs = gpt2.sample_probs(gpt2.gpt2(PROMPTS[0], **params, n_head=hparams["n_head"])[-1], **options)
+    n, n_rows = 20_000, 1_000
+    drawn = [sample([PROMPTS[0]] * n_rows, 1, **options, seed=1, first_row=i) for i in range(0, n, n_rows)]
+    counts = np.bincount(np.ravel(drawn), minlength=len(probs))
+    assert counts.sum() == n
+    assert not counts[probs == 0].any()
+    often = n * probs >= 5  # the others are one class together
+    expected = np.append(n * probs[often], n * probs[~often].sum())
+    observed = np.append(counts[often], counts[~often].sum())
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    chi_square, freedom = ((observed - expected) ** 2 / expected).sum(), len(expected) - 1
+    assert abs(chi_square - freedom) < 4 * math.sqrt(2 * freedom)
+    assert (np.abs(observed - expected) < 5 * np.sqrt(expected)).all()
+
+
+@pytest.mark.parametrize("u", [0, 1e-9, 0.25, 0.5, 0.75, 1 - 2**-53])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 1e-300}], ids=str
+)
+def test_ends_of_the_unit_interval(sample, model, monkeypatch, options, u):
+    """A random number u draws the token in whose part of the unit interval it lies: never one of probability 0."""
+    _, hparams, params = model
+    probs = gpt2.sample_probs(gpt2.gpt2(PROMPTS[1], **params, n_head=hparams["n_head"])[-1], **options)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: type("Stream", (), {"random": lambda self: u})())
+    [id] = sample(PROMPTS[1], 1, **options)
+    assert probs[id] > 0
+    assert math.fsum(probs[:id]) - 1e-6 <= u <= math.fsum(probs[: id + 1]) + 1e-6
+
+
+@pytest.mark.parametrize(
+    "options, same",
+    [
+        ({}, {}),
+        ({"seed": 3}, {}),
+        ({"temperature": 0}, {}),
+        ({"temperature": "0", "top_k": 5, "top_p": 0.9, "seed": 1}, {}),
+        ({"top_k": 1}, {}),
+        ({"top_p": 1e-9}, {}),
+        ({"top_k": 0, "seed": 3}, {"temperature": 1, "seed": 3}),
+        ({"top_p": 1, "seed": 3}, {"temperature": 1, "seed": 3}),
+        ({"temperature": "1.0", "top_k": "0", "top_p": "1", "seed": "3"}, {"temperature": 1, "seed": 3}),
+        ({"top_k": 40, "seed": 3}, {"temperature": 1, "top_k": 40, "top_p": 1, "seed": 3}),
+    ],
+    ids=str,
+)
+def test_what_options_mean(sample, options, same):
+    """Greedy when none is given or temperature is 0; each left out is neutral; and sampling is not greedy."""
+    result, greedy = sample(PROMPTS[2], **options), GOLDEN[2]["greedy"][:12]
+    assert result == (sample(PROMPTS[2], **same) if same else greedy)
+    assert bool(same) == (result != greedy)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0, "seed": 1}], ids=str)
+def test_greedy_has_no_chance(model, options):
+    """Of tokens that tie it takes the lowest id, where sampling would draw."""
+    _, hparams, params = model
+    level = {**params, "wte": 0 * params["wte"]}
+    assert gpt2.generate([5, 6], level, hparams["n_head"], 3, **options) == [0, 0, 0]
+
+
+def test_seed(sample):
+    """The same seed gives the same ids, another one or none gives others, in every row."""
+    first = sample(PROMPTS[2], temperature=1.2, seed=5)
+    assert sample(PROMPTS[2], temperature=1.2, seed=5) == first
+    others = [sample(PROMPTS[2], temperature=1.2, seed=seed) for seed in (0, 4, 6, 2**64, None, None)]
+    assert len({tuple(ids) for ids in [first, *others]}) == 7
+    rows = [row for seed in (5, 6, 7) for row in sample([PROMPTS[2]] * 3, temperature=1.2, seed=seed)]
+    assert len({tuple(ids) for ids in rows}) == 9
+
+
+def test_rows_are_independent(sample):
+    """A row draws by its place alone: not by its neighbours or their number; the first is what it is alone."""
+    options = {"temperature": 1.1, "top_p": 0.95, "seed": 2}
+    rows = sample(PROMPTS, **options)
+    assert rows[0] == sample(PROMPTS[0], **options)
+    assert rows[:2] == sample(PROMPTS[:2], **options)
+    changed = sample([PROMPTS[3], *PROMPTS[1:3], [7], [8, 9], PROMPTS[5], [10]], **options)
+    assert [changed[i] for i in (1, 2, 5)] == [rows[i] for i in (1, 2, 5)]
+    for place in (1, 4):
+        assert sample(PROMPTS[place], **options, first_row=place) == rows[place]
+    assert sample(PROMPTS[3:], **options, first_row=3) == rows[3:]
+    longer = sample(PROMPTS, 20, **options)
+    assert [row[:12] for row in longer] == rows
+
+
+def test_batch_size():
+    """A prompt's text does not depend on how many are decoded together; the same prompt three times: three texts."""
+    options = {"temperature": 1.1, "seed": 4, "models_dir": ROOT / "models", "model_size": "2M"}
+    prompts = ["Once", "The king", "Once", "He said that", "Once"]
+    texts = gpt2.main(prompts, 15, **options)
+    for batch_size in (1, 2, 5):
+        assert gpt2.main(prompts, 15, **options, batch_size=batch_size) == texts
+    assert gpt2.main("Once", 15, **options) == texts[0]
+    assert len({texts[0], texts[2], texts[4]}) == 3
+
+
+# ---- Ends and reports -----------------------------------------------------------------------------------------------
+
+
+def before(stop_id, row):
+    return row[: row.index(stop_id)] if stop_id in row else row
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1, "top_k": 20, "seed": 1}], ids=["greedy", "seeded"])
+def test_stop(sample, options):
+    """A row ends before its first stop_id, and the others go on as if nothing had happened."""
+    rows = sample(PROMPTS, 40, **options)
+    ended = sample(PROMPTS, 40, **options, stop_id=COMMA)
+    assert ended == [before(COMMA, row) for row in rows]
+    assert len({len(row) for row in ended}) > 2
+    assert sample(PROMPTS[0], 40, **options, stop_id=rows[0][0]) == []
+
+
+def test_early_end(sample, monkeypatch):
+    """When all rows have ended, no more is computed."""
+    calls, original = [], gpt2.gpt2
+    monkeypatch.setattr(gpt2, "gpt2", lambda *args, **kwargs: calls.append(0) or original(*args, **kwargs))
+    prompts, greedy = PROMPTS[:3], [golden["greedy"] for golden in GOLDEN[:3]]
+    ended = sample(prompts, 40, stop_id=COMMA)
+    assert ended == [before(COMMA, row) for row in greedy]
+    needed = max(map(len, ended)) + 1
+    n_calls = len(calls)
+    sample(prompts, needed)
+    assert n_calls == len(calls) - n_calls
+    assert needed < n_calls < 40
+
+
+def test_on_token(sample):
+    """Told of each new id as (row, id): step by step, in a step row by row, of a row that has ended no more."""
+    told = []
+    rows = sample(PROMPTS, 30, stop_id=COMMA, on_token=lambda row, id: told.append((row, id)))
+    assert told == [(b, row[step]) for step in range(30) for b, row in enumerate(rows) if step < len(row)]
+    told.clear()
+    row = sample(PROMPTS[0], 5, on_token=lambda row, id: told.append((row, id)))
+    assert told == [(0, id) for id in row]
+
+
+def test_on_token_is_told_at_once(sample):
+    """Whoever raises in on_token ends the generation there: nothing is held back until the end."""
+    told = []
+
+    def on_token(row, id):
+        told.append(id)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(PROMPTS[0], 10, on_token=on_token)
+    assert told == GOLDEN[0]["greedy"][:3]
+
+
+# ---- Mistakes -------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "temperature": [-1, -1e-9, math.nan, math.inf, -math.inf, "hot", "", "nan", [1], 10**400],
+    "top_k": [-1, 1.5, "1.5", "many", "", math.nan, math.inf, [1]],
+    "top_p": [0, -0.1, 1.0000001, 90, math.nan, "0", "most", "", [0.5]],
+    "seed": [-1, 0.5, "0.5", "luck", "", math.nan, [1]],
+    "n_tokens_to_generate": [0, -1, 1.5, "1.5", "0", "many", "", None, math.nan, math.inf],
+    "batch_size": [0, -1, 1.5, "all", None],
+}
+CALLS = {
+    "sample_probs": (gpt2.sample_probs, [[0.0, 1.0]]),
+    "generate": (lambda *args, **kwargs: gpt2.generate(*args, **{"n_tokens_to_generate": 1, **kwargs}), [[0], {}, 1]),
+    "main": (lambda *args, **kwargs: gpt2.main(*args, **kwargs, models_dir="nowhere"), ["O"]),
+}
+TAKEN = {
+    "sample_probs": ["temperature", "top_k", "top_p"],
+    "generate": [*BAD][:5],
+    "main": [*BAD],
+}
+
+
+@pytest.mark.parametrize("function, name", [(function, name) for function, names in TAKEN.items() for name in names])
+def test_bad_options(function, name):
+    """An option that makes no sense is refused before anything is done, with its name and its value."""
+    call, args = CALLS[function]
+    for value in BAD[name]:
+        with pytest.raises(ValueError) as caught:
+            call(*args, **{name: value})
+        assert str(caught.value).startswith(f"{name} must be ")
+        assert str(caught.value).endswith(f" not {value!r}")
