@@ -99,21 +99,21 @@ class Encoder:
 
 def get_encoder(model_name, models_dir):
     """The Encoder of the model in models_dir/model_name. ValueError: encoder.json or vocab.bpe is damaged."""
-    path = os.path.join(models_dir, model_name, "encoder.json")
+    path, damaged = os.path.join(models_dir, model_name), "encoder.json is"
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(os.path.join(path, "encoder.json"), encoding="utf-8") as f:
             encoder = json.load(f)
         if not isinstance(encoder, dict) or sorted(encoder.values()) != list(range(len(encoder))):
-            raise ValueError("its ids are not 0, 1, 2, …")
-        path = os.path.join(models_dir, model_name, "vocab.bpe")
-        with open(path, encoding="utf-8") as f:
+            raise ValueError("the ids are not 0, 1, 2, …")
+        damaged = "vocab.bpe (or encoder.json) is"
+        with open(os.path.join(path, "vocab.bpe"), encoding="utf-8") as f:
             lines = f.read().split("\n")[1:]  # the first names the version; an empty one ends the file
         # Interned, since a piece stands in many merges: that saves a third of the memory.
         merges = [(sys.intern(left), sys.intern(right)) for left, right in (line.split(" ") for line in lines if line)]
-        ids = {encoder[left + right] for left, right in merges}  # each merge makes a token of its own
-        ids |= {encoder[piece] for piece in (*bytes_to_unicode().values(), "<|endoftext|>")}
-        if len(ids) != len(merges) + 257:
-            raise ValueError("it does not fit encoder.json")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+        ids = {encoder[piece] for piece in (*bytes_to_unicode().values(), "<|endoftext|>")}
+        ids |= {encoder[left + right] for left, right in merges}  # a token of its own for each
+        if not len(ids) == 257 + len(merges) == len(encoder):
+            raise ValueError("they do not fit each other")
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.path.join(path, damaged)} damaged ({type(error).__name__}: {error})") from None
     return Encoder(encoder, merges)

@@ -179,7 +179,7 @@ def load_hparams(model_dir):
                 raise ValueError(f"{key} is {hparams[key]}")
         if hparams["n_embd"] % hparams["n_head"]:
             raise ValueError("n_embd is no multiple of n_head")
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {MEND}") from None
     return hparams
 
