@@ -120,7 +120,7 @@ def fetch(session, url, part, size):
         with bar, open(part, "r+b" if size else "wb") as f:
             f.seek(start)
             try:
-                for chunk in response.iter_content(2**18) if start != total else ():
+                for chunk in response.iter_content(2**14) if start != total else ():
                     f.write(chunk)
                     bar.update(len(chunk))
             except requests.RequestException as error:
@@ -357,6 +357,7 @@ def as_typed(args, function):
 
 def run(function):
     """Run a function as a command: a mistake is one line and status 1, and the end is quiet when nobody reads on."""
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # closed ones
     try:
         import fire
 
