@@ -7,6 +7,7 @@ next run would believe. ValueError and OSError carry one line that says what to 
 import contextlib
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -357,7 +358,8 @@ def as_typed(args, function):
 
 def run(function):
     """Run a function as a command: a mistake is one line and status 1, and the end is quiet when nobody reads on."""
-    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # closed ones
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())  # the shell may have closed it: >&-
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.BytesIO())
     try:
         import fire
 

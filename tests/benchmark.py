@@ -97,6 +97,8 @@ def torch_engine(folder):
     def generate(prompts, n):
         with torch.inference_mode():
             ids = torch.tensor(prompts)
+            if n == 1:  # a prefill without what generate() adds to it
+                return model(ids, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True).tolist()
             options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
             return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :].tolist()
 
