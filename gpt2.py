@@ -3,7 +3,7 @@
 The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), as OpenAI published
 it: src/model.py of https://github.com/openai/gpt-2. The names of arguments are the names in its checkpoints.
 
-Shapes stand at the ends of lines; "..." is nothing (one sequence) or [n_batch] (several). In the released 124M model
+Shapes stand at the ends of lines; "..." is any axes before, mostly none or [n_batch]. In the released 124M model
 n_vocab = 50257, n_ctx = 1024 (the context length), n_embd = 768, n_head = 12, d_head = n_embd / n_head = 64.
 """
 
@@ -28,20 +28,20 @@ def gelu(x):
 
 
 def softmax(x):
-    """Turn numbers into probabilities along the last axis. Subtracting the maximum changes nothing but prevents overflow."""
+    """Probabilities from logits, along the last axis. Subtracting the maximum only prevents overflow."""
     exp_x = np.exp(x - x.max(-1, keepdims=True))
     return exp_x / exp_x.sum(-1, keepdims=True)
 
 
 def layer_norm(x, g, b, eps=1e-5):
     """Mean 0 and variance 1 along the last axis, then a learned scale g and offset b (Ba et al., 2016)."""
-    x = x - x.sum(-1, keepdims=True) / x.shape[-1]  # sum is three times faster than mean, for a single row
+    x = x - x.sum(-1, keepdims=True) / x.shape[-1]  # for a single row sum() is three times as fast as mean()
     variance = (x * x).sum(-1, keepdims=True) / x.shape[-1]  # [..., 1]
     return x / np.sqrt(variance + eps) * g + b
 
 
 def linear(x, w, b):
-    """x w + b. As one matrix, since NumPy would multiply the sequences of a batch one by one, reading w for each."""
+    """x w + b. All axes but the last are made one: else NumPy would read w anew for each sequence of a batch."""
     return (x.reshape(-1, w.shape[0]) @ w + b).reshape(*x.shape[:-1], -1)  # [..., n_in] @ [n_in, n_out] -> [..., n_out]
 
 
@@ -53,41 +53,42 @@ def ffn(x, c_fc, c_proj):
 def attention(q, k, v, mask):
     """For each query the mean of the values, weighted by how well their keys match it (the same paper, section 3.2.1).
 
-    Products of d_head random numbers spread as sqrt(d_head): the division keeps the softmax from saturating.
+    A sum of d_head random products has a standard deviation of sqrt(d_head); divided by that, it does not saturate the
+    softmax, whatever the size of the model.
     """
     scores = q / math.sqrt(q.shape[-1]) @ k.swapaxes(-1, -2)  # [..., n_query, d_head] -> [..., n_query, n_key]
     return softmax(scores + mask) @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
 
 
 def mha(x, c_attn, c_proj, n_head, cache=None, positions=None):
-    """Multi-head attention: n_head attentions side by side, each in its own d_head of the n_embd dimensions.
+    """Multi-head attention: n_head attentions side by side, each in d_head of the n_embd dimensions.
 
-    The one rule of the mask: a query at position p sees the keys at positions <= p. The -inf of the others is a weight
-    of exactly 0. cache [2, n_batch, n_head, n_positions, d_head] holds the keys and values of earlier positions.
+    The one rule of the mask: a query at position p sees the keys at positions <= p. Where the mask is -inf the softmax
+    is exactly 0. This layer's cache, [2, n_batch, n_head, n_positions, d_head], has the keys and values so far.
     """
-    positions = np.arange(x.shape[-2]) if positions is None else positions  # [..., n_seq]
+    positions = np.arange(x.shape[-2]) if positions is None else positions  # [n_seq], or [n_batch or 1, n_seq]
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
-    q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
+    q, k, v = np.moveaxis(qkv, (-3, -2), (0, -3))  # 3 times [..., n_head, n_seq, d_head]
     if cache is not None:
-        rows = np.arange(len(x))[:, None]  # [n_batch, 1]
-        cache[:, rows, :, positions] = qkv[..., 1:, :, :]  # each row at its own positions
-        k, v = cache[..., : positions.max() + 1, :]  # [n_batch, n_head, n_key, d_head]
+        # Row b is written at its own positions. (The axes of the two index arrays come first: [n_batch, n_seq, ...].)
+        cache[:, np.arange(len(x))[:, None], :, positions] = qkv[..., 1:, :, :]
+        k, v = cache[..., : positions.max() + 1, :]  # twice [n_batch, n_head, n_key, d_head]
     seen = np.arange(k.shape[-2]) <= positions[..., None, :, None]  # [..., 1, n_query, n_key]
     mask = np.where(seen, np.float32(0), np.float32(-np.inf))
     if cache is None or x.shape[-2] == 1:
         heads = attention(q, k, v, mask)  # [..., n_head, n_seq, d_head]
-    else:  # prefill: one head at a time, whose scores the processor can keep in its own cache
-        one = [slice(i, i + 1) for i in range(n_head)]
-        heads = np.concatenate([attention(q[:, i], k[:, i], v[:, i], mask) for i in one], axis=1)
-    heads = heads.swapaxes(-2, -3).reshape(x.shape)  # side by side again: [..., n_seq, n_embd]
-    return linear(heads, **c_proj)  # mixed: [..., n_seq, n_embd]
+    else:  # prefill is a tenth faster head by head: the scores of one stay in the processor's own cache
+        each = [slice(i, i + 1) for i in range(n_head)]
+        heads = np.concatenate([attention(q[:, i], k[:, i], v[:, i], mask) for i in each], axis=1)
+    heads = heads.swapaxes(-2, -3).reshape(x.shape)  # side by side: [..., n_seq, n_embd]
+    return linear(heads, **c_proj)  # and mixed: [..., n_seq, n_embd]
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, positions=None):
-    """Attention moves information between positions, the network works on it. Both add to x instead of replacing it.
+    """Attention moves information between positions, ffn works at each. Both add to x instead of replacing it.
 
-    The norms come before them (pre-norm), not after as in the first transformer: x itself passes through untouched, which
-    lets deep models train.
+    The norms come before them (pre-norm), not after as in the first transformer: so x itself passes through untouched,
+    which lets deep models train.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, cache=cache, positions=positions)  # [..., n_seq, n_embd]
     return x + ffn(layer_norm(x, **ln_2), **mlp)  # [..., n_seq, n_embd]
@@ -96,8 +97,8 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, positions=No
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, positions=None):
     """The logits of the token that follows each input: [..., n_seq] ids -> [..., n_seq, n_vocab].
 
-    With a cache [n_layer, 2, n_batch, n_head, n_positions, d_head], which is written to, inputs is [n_batch, n_seq] at
-    `positions` [n_batch or 1, n_seq], and only the last input of each row gets its logits: [n_batch, 1, n_vocab].
+    With a cache [n_layer, 2, n_batch, n_head, n_positions, d_head], which is written to, inputs is [n_batch, n_seq], at
+    positions [n_batch or 1, n_seq]. Then only the last column gets its logits: [n_batch, 1, n_vocab].
     """
     inputs = np.asarray(inputs)
     positions = np.arange(inputs.shape[-1]) if positions is None else positions
@@ -105,15 +106,14 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, positions=None):
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, cache=None if cache is None else cache[i], positions=positions)
     x = layer_norm(x if cache is None else x[:, -1:], **ln_f)
-    return linear(x, wte.T, 0)  # the embedding again: a token is likely where x resembles it. [..., n_seq, n_vocab]
+    return linear(x, wte.T, 0)  # tied embeddings: a token is likely where x resembles it. [..., n_seq, n_vocab]
 
 
 # ---- Sampling and generation ----------------------------------------------------------------------------------------
 
-COUNT = (int, lambda n: n >= 1, "a whole number from 1 up")
-OPTIONS = {
-    "n_tokens_to_generate": COUNT,
-    "batch_size": COUNT,
+OPTIONS = {  # how to read it, what it must be, how to say that
+    "n_tokens_to_generate": (int, lambda n: n >= 1, "a whole number from 1 up"),
+    "batch_size": (int, lambda n: n >= 1, "a whole number from 1 up"),
     "temperature": (float, lambda t: 0 <= t < math.inf, "a number from 0 up"),
     "top_k": (int, lambda k: k >= 0, "a whole number from 0 up"),
     "top_p": (float, lambda p: 0 < p <= 1, "a number above 0 and up to 1"),
@@ -122,28 +122,31 @@ OPTIONS = {
 
 
 def checked(**options):
-    """The options as a list of numbers (typed ones come as text; None: not said). ValueError: one makes no sense."""
+    """The options as a list of numbers; those from the command line are text. ValueError: one makes no sense."""
     for name, value in options.items():
+        if value is None and name in ("temperature", "top_k", "top_p", "seed"):
+            continue  # not given
         kind, valid, wanted = OPTIONS[name]
-        if value is not None or OPTIONS[name] is COUNT:
-            try:
-                options[name] = kind(value)
-                if not valid(options[name]) or not isinstance(value, str) and options[name] != value:
-                    raise ValueError
-            except (TypeError, ValueError, OverflowError):
-                raise ValueError(f"{name} must be {wanted}, not {value!r}") from None
+        try:
+            options[name] = kind(value)
+            if not valid(options[name]) or (not isinstance(value, str) and options[name] != value):  # int(2.5) != 2.5
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{name} must be {wanted}, not {value!r}") from None
     return list(options.values())
 
 
 def sample_probs(logits, temperature=1.0, top_k=None, top_p=None):
     """The probabilities to sample from, in float64: [..., n_vocab] -> [..., n_vocab]. ValueError: as in checked().
 
-    First the temperature, which sharpens below 1 and flattens above; then only the top_k most probable tokens; then
-    only the smallest set of the most probable that together reach top_p (the nucleus; Holtzman et al., 2020).
+    First the temperature, which sharpens below 1 and flattens above; then only the top_k most probable tokens (and
+    those equal to the last of them); then only the smallest set of the most probable that together reach top_p (the
+    nucleus; Holtzman et al., 2020).
     """
     temperature, top_k, top_p = checked(temperature=temperature, top_k=top_k, top_p=top_p)
     logits = np.asarray(logits, np.float64)
-    logits = (logits - logits.max(-1, keepdims=True)) / max(temperature, 1e-300)  # 0: the limit, all on the maximum
+    temperature = 1.0 if temperature is None else max(temperature, 1e-300)  # 0: the limit, all on the maximum
+    logits = (logits - logits.max(-1, keepdims=True)) / temperature
     n_vocab = logits.shape[-1]
     if top_k and top_k < n_vocab:
         logits = np.where(logits < np.partition(logits, -top_k)[..., -top_k, None], -np.inf, logits)
@@ -151,7 +154,7 @@ def sample_probs(logits, temperature=1.0, top_k=None, top_p=None):
     if top_p and top_p < 1:
         # All tokens below (1 - top_p) / n_vocab add up to less than 1 - top_p: only the n others need to be sorted.
         n = (probs >= (1 - top_p) / n_vocab).sum(-1).max()
-        ids = np.sort(np.argpartition(-probs, n - 1)[..., :n])  # [..., n]
+        ids = np.sort(np.argpartition(-probs, n - 1)[..., :n])  # [..., n], sorted so that of equals the first stays
         ids = np.take_along_axis(ids, np.argsort(-np.take_along_axis(probs, ids, -1), kind="stable"), -1)
         nucleus = np.take_along_axis(probs, ids, -1)  # [..., n], falling
         nucleus[nucleus.cumsum(-1) - nucleus >= top_p] = 0  # the more probable ones suffice
@@ -161,10 +164,10 @@ def sample_probs(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def choose(logits, streams, temperature, top_k, top_p):
-    """The next token of each row, [n_batch, n_vocab] -> [n_batch]: greedy, or drawn from the row's own random stream."""
-    if temperature == 0 or temperature is top_k is top_p is None:
+    """The next token of each row, [n_batch, n_vocab] -> [n_batch]: greedy, or drawn from its own random stream."""
+    if temperature == 0 or (temperature, top_k, top_p) == (None, None, None):
         return logits.argmax(-1)
-    cdf = sample_probs(logits, 1 if temperature is None else temperature, top_k, top_p).cumsum(-1)
+    cdf = sample_probs(logits, temperature, top_k, top_p).cumsum(-1)
     drawn = np.array([[stream.random()] for stream in streams])  # [n_batch, 1]
     return (cdf <= drawn * cdf[:, -1:]).sum(-1)  # the first token whose cumulative probability exceeds what was drawn
 
@@ -173,16 +176,16 @@ def prefill(prompts, params, n_head, n_positions):
     """A cache with room for n_positions that holds all but the last token of each prompt.
 
     Prompts are padded on the right: a pad comes after every real token, so no real query sees it. About 256 tokens go
-    through the model at a time: that bounds the memory, and what each step works on stays in the processor's cache.
+    through the model at a time: that bounds the memory, and the arrays stay small enough for the processor's cache.
     """
     n_batch, n_seq, n_embd = len(prompts), max(map(len, prompts)), params["wpe"].shape[1]
     cache = np.zeros((len(params["blocks"]), 2, n_batch, n_head, n_positions, n_embd // n_head), np.float32)
     tokens = np.array([prompt + [0] * (n_seq - len(prompt)) for prompt in prompts])  # [n_batch, n_seq]
-    np.empty(8_000_000, np.float32)  # once it is freed, glibc keeps freed arrays for the next ones: a sixth of the time
+    np.empty(8_000_000, np.float32)  # freed at once: now glibc keeps freed arrays for reuse, which saves up to a sixth
     step = max(1, 256 // n_batch)
     for start in range(0, n_seq - 1, step):
         positions = np.arange(start, min(start + step, n_seq - 1))[None]  # [1, n_query]
-        gpt2(tokens[:, positions[0]], **params, n_head=n_head, cache=cache, positions=positions)
+        gpt2(tokens[:, positions[0]], **params, n_head=n_head, cache=cache, positions=positions)  # logits: not needed
     return cache
 
 
@@ -192,24 +195,26 @@ def generate(
 ):  # fmt: skip
     """The ids that follow a prompt's ids; a list of lists for a list of prompts, which are decoded together.
 
-    Greedy, unless temperature (above 0), top_k or top_p is given. Row b draws from a random stream made from seed and
-    first_row + b: its neighbours do not matter. A row ends before stop_id; on_token(row, id) is told of each new id.
-    ValueError: an option makes no sense, a prompt is empty or, with the new tokens, over the context length.
+    Greedy, unless temperature (above 0), top_k or top_p is given. Row b draws from its own random stream, made from
+    seed and the place of its prompt, first_row + b. A row ends before stop_id; on_token(row, id) is called for each id.
+    ValueError: an option makes no sense, an id is none, or a prompt is empty or too long for the context length.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     n_new, *sampling, seed = checked(n_tokens_to_generate=n_tokens_to_generate, **options)
-    single = not len(inputs) or np.ndim(inputs[0]) == 0
+    single = len(inputs) == 0 or np.ndim(inputs[0]) == 0
     prompts = [list(prompt) for prompt in ([inputs] if single else inputs)]
-    lengths, n_ctx = [len(prompt) for prompt in prompts], len(params["wpe"])
-    if min(lengths) < 1 or max(lengths) + n_new > n_ctx:
-        raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens, {n_new} more, a context of {n_ctx}")
+    lengths, n_ctx, n_vocab = [len(prompt) for prompt in prompts], len(params["wpe"]), len(params["wte"])
+    if not all(prompts) or not all(0 <= id < n_vocab for prompt in prompts for id in prompt):
+        raise ValueError(f"a prompt is one id or more, each from 0 to {n_vocab - 1}")
+    if max(lengths) + n_new > n_ctx:
+        raise ValueError(f"{max(lengths)} tokens of prompt and {n_new} to generate: the context length is {n_ctx}")
     streams = [np.random.default_rng(None if seed is None else [seed, first_row + row]) for row in range(len(prompts))]
     cache = prefill(prompts, params, n_head, max(lengths) + n_new)
     ids = np.array([prompt[-1:] for prompt in prompts])  # [n_batch, 1]
     positions = np.array(lengths)[:, None] - 1  # [n_batch, 1]
     new, growing = [[] for _ in prompts], range(len(prompts))
     for _ in range(n_new):
-        # A decode step: each row's token at its own position, where it replaces what a pad may have left in the cache.
+        # A decode step: the latest token of each row, at its own position, over what a pad may have left in the cache.
         logits = gpt2(ids, **params, n_head=n_head, cache=cache, positions=positions)  # [n_batch, 1, n_vocab]
         chosen = choose(logits[:, 0], streams, *sampling)  # [n_batch]
         growing = [row for row in growing if chosen[row] != stop_id]
@@ -227,19 +232,22 @@ def generate(
 
 
 def encode(prompt, encoder, n_new, n_ctx):
-    """text -> ids, that of <|endoftext|> for an empty one. ValueError: no valid text, or over the context length."""
-    at_least = math.ceil(len(prompt) / encoder.longest)  # tokens: known at once, even for megabytes
-    try:
-        ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]] if at_least <= n_ctx else range(at_least)
-    except UnicodeEncodeError:
-        raise ValueError(f"the prompt {prompt[:40]!r} is not UTF-8 text") from None
-    if len(ids) + n_new > n_ctx:
-        raise ValueError(f"{len(ids)} tokens of prompt and {n_new} to generate: the context length is {n_ctx}")
+    """text -> ids; "" -> the id of <|endoftext|>. ValueError: no valid text, or over the context length."""
+    n_ids = math.ceil(len(prompt) / encoder.longest)  # at least: so megabytes need not be encoded to be refused
+    if n_ids <= n_ctx:
+        try:
+            ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
+        except UnicodeEncodeError:
+            raise ValueError(f"the prompt {prompt[:40]!r} is not UTF-8 text") from None
+        n_ids = len(ids)
+    if n_ids + n_new > n_ctx:
+        limit = f"{n_ids} tokens of prompt and {n_new} to generate, but the context length is {n_ctx}"
+        raise ValueError(f"the prompt {prompt[:40]!r} is too long: {limit}")
     return ids
 
 
 def load(prompts, n_new, model_size, models_dir):
-    """A model (encoder, params, n_head) and the ids of the prompts, which are looked at before the weights are."""
+    """A model (encoder, params, n_head), and the ids of the prompts: they are checked before the weights are loaded."""
     import utils
 
     encoder, hparams, tf_ckpt_path = utils.load_encoder_and_hparams(model_size, models_dir)
@@ -260,7 +268,10 @@ def main(
     prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models",
     temperature=None, top_k=None, top_p=None, seed=None, batch_size=32,
 ):  # fmt: skip
-    """The text that follows a prompt; a list of texts for a list of prompts. ValueError, OSError: as they say."""
+    """The text that follows a prompt; a list of texts for a list of prompts.
+
+    ValueError, OSError: an option or a prompt makes no sense, or the model cannot be had; the message says what to do.
+    """
     [batch_size] = checked(batch_size=batch_size)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options = checked(n_tokens_to_generate=n_tokens_to_generate, **sampling)
@@ -270,7 +281,7 @@ def main(
 
 
 def read(path):
-    """The text of a file, or of standard input ("-"), as it is. ValueError: it is not UTF-8."""
+    """The text of a file, or of standard input ("-"), unchanged. ValueError: it is not UTF-8."""
     try:
         with open(0 if path == "-" else path, encoding="utf-8", newline="", closefd=path != "-") as f:
             return f.read()
@@ -279,7 +290,7 @@ def read(path):
 
 
 def show(model, ids, options, first_row=0):
-    """Print the text that follows a prompt as it is generated; a character that several tokens spell, when it is whole."""
+    """Print the text that follows a prompt as it is generated; a character of several tokens, when it is whole."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def on_token(_, id):
@@ -298,11 +309,11 @@ def interact(model, options):
     encoder, params, _ = model
     for place in itertools.count():
         try:
-            with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):
-                prompt = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            return print(file=sys.stderr)
-        try:
+            try:
+                with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):  # it is not text
+                    prompt = input("> ")
+            except (EOFError, KeyboardInterrupt):
+                return print(file=sys.stderr)
             show(model, encode(prompt, encoder, options[0], len(params["wpe"])), options, first_row=place)
         except KeyboardInterrupt:
             continue
@@ -317,16 +328,16 @@ def cli(
 ):  # fmt: skip
     """Continue a prompt with GPT-2.
 
-    One prompt: its text, shown as it is generated. Several: for each "> prompt" and its text. None: it asks for prompts
-    again and again, until Ctrl-D; from a pipe it reads one. The most probable token is taken each time (greedy), unless
+    One prompt: its text, shown as it is generated. Several: "> prompt" and its text for each. None: it asks for prompts
+    again and again, until Ctrl-D; from a pipe it reads one. Each time the most probable token is taken (greedy), unless
     temperature, top_k or top_p is given: then tokens are drawn at random.
 
     Args:
         prompts: what the text begins with
         prompt: the same, for what begins with a dash: --prompt="--like this"
         prompts_file: a file with one prompt a line; - is standard input
-        batch_size: so many prompts are worked on at a time
-        n_tokens_to_generate: at most so many tokens, of about four letters each
+        batch_size: how many prompts to work on at a time
+        n_tokens_to_generate: the most tokens to generate; one is about four letters
         model_size: 124M, 355M, 774M, 1558M (downloaded once) or a folder in models_dir, such as 2M
         models_dir: where the models are
         temperature: below 1 favours probable tokens, above 1 improbable ones; 0 is greedy
@@ -347,6 +358,8 @@ def cli(
     elif not prompts and not os.isatty(0):
         prompts = [re.sub(r"\r?\n\Z", "", read("-"))]
     as_json = str(json).lower() == "true"
+    if not as_json and str(json).lower() != "false":
+        raise ValueError(f"json must be true or false, not {json!r}")
     if as_json and not prompts and prompts_file is None:
         raise ValueError("--json needs a prompt")
     model, ids = load(prompts, options[0], model_size, models_dir)
@@ -357,9 +370,9 @@ def cli(
 
     from tqdm import tqdm
 
-    texts = complete(model, ids, options, batch_size)
+    texts, escape = complete(model, ids, options, batch_size), sys.stdout.encoding.lower() != "utf-8"
     for given, text in tqdm(zip(prompts, texts), total=len(prompts), disable=None if prompts_file else True):
-        line = dumps({"prompt": given, "text": text}, ensure_ascii=False) if as_json else f"> {given}\n{text}"
+        line = dumps({"prompt": given, "text": text}, ensure_ascii=escape) if as_json else f"> {given}\n{text}"
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 

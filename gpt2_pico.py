@@ -56,7 +56,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models"
     end, n_new, n_ctx = encoder.encoder["<|endoftext|>"], int(n_tokens_to_generate), hparams["n_ctx"]
     ids = [encoder.encode(text) or [end] for text in ([prompt] if isinstance(prompt, str) else prompt)]
     if not 0 < n_new <= n_ctx - max(map(len, ids)):
-        raise ValueError(f"{max(map(len, ids))} tokens of prompt and {n_new} to generate: the context length is {n_ctx}")
+        raise ValueError(f"{max(map(len, ids))} tokens of prompt and {n_new} to generate: the context is {n_ctx}")
     texts = [encoder.decode(new[: (new + [end]).index(end)]) for new in generate(ids, params, hparams["n_head"], n_new)]
     return texts[0] if isinstance(prompt, str) else texts
 

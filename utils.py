@@ -7,7 +7,6 @@ next run would believe. ValueError and OSError carry one line that says what to 
 import contextlib
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
@@ -21,8 +20,8 @@ from encoder import get_encoder
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # GPT2_MODELS_URL in the environment names a mirror
 RELEASED = ["124M", "355M", "774M", "1558M"]
 DATA = ".data-00000-of-00001"
-FILES = ["checkpoint", "hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index", "model.ckpt" + DATA]
-SHA256 = {  # the same for all released sizes
+FILES = ["encoder.json", "vocab.bpe", "hparams.json", "checkpoint", "model.ckpt.index", "model.ckpt" + DATA]
+SHA256 = {  # the same for all released sizes, and fetched first: a server that answers with something else fails here
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
@@ -32,7 +31,7 @@ MEND = "put a good copy in its place (a released model: delete it, the next run 
 
 
 class Fault(OSError):
-    """What came is not what was to come; it may be the next time."""
+    """The server sent something wrong, or not all; another try may help."""
 
 
 def size_of(path):
@@ -40,11 +39,11 @@ def size_of(path):
 
 
 def lacks(model_dir, name):
-    """Whether a file is missing, or is a data file too short for its tensors: an interrupted download of old."""
+    """Whether a file is missing, or is a data file too short for its tensors: another program's broken download."""
     path = os.path.join(model_dir, name)
-    if os.path.exists(path) and name.endswith(DATA):
-        return size_of(path) < n_bytes(tensor_shapes(load_hparams(model_dir)))
-    return not os.path.exists(path)
+    if not os.path.exists(path):
+        return True
+    return name.endswith(DATA) and size_of(path) < n_bytes(tensor_shapes(load_hparams(model_dir)))
 
 
 @contextlib.contextmanager
@@ -102,7 +101,8 @@ def download(session, retry, url, path):
                 raise OSError(f"{url} {fault}; run again to go on from there") from None
             tries.sleep()
         except requests.RequestException as error:
-            raise OSError(f"cannot fetch {url} ({error}); without a network, --model_size 2M works") from None
+            hint = "; without a network, --model_size 2M works" * isinstance(error, requests.ConnectionError)
+            raise OSError(f"cannot fetch {url} ({error}){hint}") from None
         except OSError as error:
             raise OSError(f"{part}: {error.strerror}; what has arrived is kept, run again to go on") from None
     os.replace(part, path)
@@ -146,7 +146,8 @@ def extent(response, part, size):
             raise Fault(f"was asked for from byte {size} on, but came as '{said}'")
         return size, int(match[2])
     if response.status_code == 200:  # the whole file, asked for or not
-        return 0, int(response.headers["Content-Length"]) if "Content-Length" in response.headers else None
+        length = response.headers.get("Content-Length", "")
+        return 0, int(length) if length.isdigit() else None
     if response.status_code == 416 and said == f"bytes */{size}":  # all of it was there
         return size, size
     if response.status_code == 416:
@@ -171,12 +172,12 @@ def read_text(path):
 
 
 def load_hparams(model_dir):
-    """hparams.json: {"n_vocab": …, "n_ctx": …, "n_embd": …, "n_head": …, "n_layer": …}. ValueError: it is damaged."""
+    """hparams.json: n_vocab, n_ctx, n_embd, n_head and n_layer. ValueError: it is damaged."""
     path = os.path.join(model_dir, "hparams.json")
     try:
         hparams = json.loads(read_text(path))
         for key in "n_vocab", "n_ctx", "n_embd", "n_head", "n_layer":
-            if type(hparams[key]) is not int or hparams[key] < 1:
+            if type(hparams[key]) is not int or not 0 < hparams[key] < 10**6:
                 raise ValueError(f"{key} is {hparams[key]}")
         if hparams["n_embd"] % hparams["n_head"]:
             raise ValueError("n_embd is no multiple of n_head")
@@ -201,7 +202,7 @@ def n_bytes(shapes):
 
 
 def map_data(path, shapes):
-    """The tensors as views of a data file that is nothing but them, in the order of their names; nothing is read yet."""
+    """Views of a data file that is nothing but tensors sorted by name, in little-endian float32; nothing is read."""
     floats, tensors, start = np.memmap(path, "<f4", "r").view(np.ndarray), {}, 0
     for name, shape in sorted(shapes.items()):
         tensors[name] = floats[start : start + math.prod(shape)].reshape(shape)
@@ -291,14 +292,15 @@ def load_encoder_and_hparams(model_size, models_dir):
         if any(lacks(model_dir, name) for name in FILES):
             download_gpt2_files(model_size, model_dir)
     elif not os.path.isdir(model_dir):
-        there = os.listdir(models_dir) if os.path.exists(models_dir) else []
-        raise ValueError(f"no model {model_size!r}; there are {', '.join(dict.fromkeys(RELEASED + sorted(there)))}")
+        there = [entry.name for entry in os.scandir(models_dir) if entry.is_dir()] if os.path.exists(models_dir) else []
+        there = ", ".join(dict.fromkeys(RELEASED + sorted(there)))
+        raise ValueError(f"no model {model_size!r} in {os.path.abspath(models_dir)}; there are {there}")
     checkpoint = os.path.join(model_dir, "checkpoint")
     match = re.search(r'^model_checkpoint_path: "(.+)"', read_text(checkpoint), re.MULTILINE)
     if not match:
         raise ValueError(f"{checkpoint} is missing or damaged; {MEND}")
     tf_ckpt_path = os.path.join(model_dir, os.path.basename(match[1]))
-    for path in *(os.path.join(model_dir, name) for name in FILES[1:4]), tf_ckpt_path + ".index", tf_ckpt_path + DATA:
+    for path in *(os.path.join(model_dir, name) for name in FILES[:3]), tf_ckpt_path + ".index", tf_ckpt_path + DATA:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path} is missing; {MEND}")
     hparams = load_hparams(model_dir)
@@ -326,13 +328,14 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 
 
 def as_typed(args, function):
-    """The arguments in the form in which fire hands them on unchanged. Status 2: a flag that the function does not have.
+    """The arguments in the form in which fire passes them on unchanged. Status 2: a flag that the function lacks.
 
     fire takes an argument for Python where it can ("1,2" is a tuple) and "-" for itself, but a quoted string for what
     it is; and it minds a mistyped flag only when the function has run.
     """
     parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL]
-    names, switches = [p.name for p in parameters], [p.name for p in parameters if p.default is False]
+    names = [p.name for p in parameters]
+    switches = [name for p in parameters if p.default is False for name in (p.name, p.name[0])]
     is_flag = [bool(re.match("--|-[a-zA-Z]", arg)) for arg in args] + [True]
     typed = []
     for i, arg in enumerate(args):
@@ -343,23 +346,24 @@ def as_typed(args, function):
         elif name in ("h", "help"):
             return ["--", "--help"]
         elif name not in names + [name[0] for name in names]:  # fire knows a flag by its first letter too
-            wrong = f"no flag {arg}; there are --{' --'.join(names)}"
+            wrong = f"no flag {arg}; there are --{' --'.join(names)} (a prompt with a dash: --prompt={arg!r})"
         elif name in switches and not equals:
             typed.append(f"--{name}=True")
         elif is_flag[i + 1] and not equals:
-            wrong = f"{arg} needs a value"
+            wrong = f"{arg} needs a value; one that begins with a dash: {arg}=…"
         else:
             typed.append(f"--{name}={value!r}" if equals else arg)
         if wrong:
-            print(f'error: {wrong} (and for a prompt that begins with a dash --prompt="{arg}")', file=sys.stderr)
+            print(f"error: {wrong}", file=sys.stderr)
             sys.exit(2)
     return typed
 
 
 def run(function):
     """Run a function as a command: a mistake is one line and status 1, and the end is quiet when nobody reads on."""
-    sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())  # the shell may have closed it: >&-
-    sys.stderr = sys.stderr or io.TextIOWrapper(io.BytesIO())
+    while os.open(os.devnull, os.O_RDWR) < 3:  # standard streams that the shell has closed (>&-)
+        pass
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
     try:
         import fire
 

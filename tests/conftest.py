@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for so small a model more threads only wait for each other
+if "pytest" in sys.modules:  # and not for benchmark.py, which writes its weights with what is here
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for so small a model more threads only wait for each other
 
 import numpy as np
 import pytest
