@@ -575,3 +575,25 @@ def test_the_model_is_loaded_once(monkeypatch, capsys):
     gpt2.cli(model_size="2M", models_dir=ROOT / "models", temperature=1, seed=1)
     first, second, _ = capsys.readouterr().out.split("\n")
     assert len(loads) == 1 and first != second
+
+
+# ---- Odd surroundings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("closed", "text"), [("<&-", " upon a\n"), ("2>&-", " upon a\n"), (">&-", ""), ("<&- >&- 2>&-", "")]
+)
+def test_closed_streams(closed, text):
+    command = f"'{sys.executable}' gpt2.py Once {' '.join(map(str, SMALL))} -n 2 {closed}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (text, "")
+
+
+def test_json_where_the_output_is_ascii():
+    result = run("é", *SHORT, "-j", env={"PYTHONIOENCODING": "ascii"})
+    assert json_lines(result)[0]["prompt"] == "é" and result.stdout.isascii()
+
+
+@pytest.mark.parametrize("value", ["1", "yes", ""])
+def test_json_is_true_or_false(value):
+    assert "json" in error_of(run("Once", *SMALL, f"--json={value}"))

@@ -23,7 +23,7 @@ from conftest import ROOT, error_of, random_tensors, run, write_checkpoint
 import utils
 
 DATA = "model.ckpt.data-00000-of-00001"
-FILES = ["checkpoint", "hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index", DATA]
+FILES = ["encoder.json", "vocab.bpe", "hparams.json", "checkpoint", "model.ckpt.index", DATA]
 HPARAMS = {"n_vocab": 50257, "n_ctx": 64, "n_embd": 4, "n_head": 2, "n_layer": 2}
 
 
@@ -436,10 +436,18 @@ def test_a_refused_connection_is_not_tried_again(folder, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1/mirror", "http://no-such-host.invalid/mirror", "nonsense"])
-def test_no_network_is_one_line_that_helps(tmp_path, url):
+@pytest.mark.parametrize(
+    ("url", "hint"), [("http://127.0.0.1:1/mirror", 1), ("http://no-such-host.invalid/mirror", 1), ("nonsense", 0)]
+)
+def test_no_network_is_one_line_that_helps(tmp_path, url, hint):
     line = error_of(run("Once", "--models_dir", tmp_path / "models", env={"GPT2_MODELS_URL": url}))
-    assert f"{url}/124M/checkpoint" in line and "--model_size 2M" in line
+    assert f"{url}/124M/{FILES[0]}" in line and line.count("--model_size 2M") == hint
+    assert os.listdir(tmp_path / "models/124M") == []
+
+
+def test_a_server_that_answers_everything_with_a_page_leaves_nothing(server, tmp_path):
+    server.files |= dict.fromkeys(FILES, b"<html>Log in first</html>")
+    error_of(run("Once", "--models_dir", tmp_path / "models"))
     assert os.listdir(tmp_path / "models/124M") == []
 
 

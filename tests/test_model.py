@@ -399,9 +399,16 @@ def test_context_length_of_generate():
     params, n_ctx = random_params(), HPARAMS["n_ctx"]
     ids = random_ids(n_ctx - 3)
     assert gpt2.generate([ids, [1]], params, N_HEAD, 3)[0] == uncached(gpt2, ids, params, N_HEAD, 3)[0]
-    for inputs in (ids, [[1], ids], [], [[]], [ids[:1], []]):
+    for inputs in (ids, [[1], ids]):
         with pytest.raises(ValueError, match=str(n_ctx)):
             gpt2.generate(inputs, params, N_HEAD, 4)
+
+
+@pytest.mark.parametrize("inputs", [[], [[]], [[1], []], [-1], [1, HPARAMS["n_vocab"]], [[1], [-3]]])
+def test_a_prompt_that_is_none(inputs):
+    """No id at all, and ids that are no row of the embedding (NumPy would take -1 for the last one)."""
+    with pytest.raises(ValueError, match=f"from 0 to {HPARAMS['n_vocab'] - 1}"):
+        gpt2.generate(inputs, random_params(), N_HEAD, 4)
 
 
 # ---- The files ------------------------------------------------------------------------------------------------------
