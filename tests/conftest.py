@@ -25,9 +25,9 @@ GOLDEN = json.loads(
 )  # computed with HF transformers' GPT2LMHeadModel
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def model():
-    """(encoder, hparams, params) of the bundled model."""
+    """(encoder, hparams, params) of the bundled model; before all tests, so that none of them meets its first check."""
     return utils.load_encoder_hparams_and_params("2M", ROOT / "models")
 
 
