@@ -197,7 +197,7 @@ def generate(
 
     Greedy, unless temperature (above 0), top_k or top_p is given. Row b draws from its own random stream, made from
     seed and the place of its prompt, first_row + b. A row ends before stop_id; on_token(row, id) is called for each id.
-    ValueError: an option makes no sense, an id is none, or a prompt is empty or too long for the context length.
+    ValueError: an option makes no sense, an id is not in the vocabulary, a prompt is empty or over the context length.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     n_new, *sampling, seed = checked(n_tokens_to_generate=n_tokens_to_generate, **options)
@@ -234,14 +234,15 @@ def generate(
 def encode(prompt, encoder, n_new, n_ctx):
     """text -> ids; "" -> the id of <|endoftext|>. ValueError: no valid text, or over the context length."""
     n_ids = math.ceil(len(prompt) / encoder.longest)  # at least: so megabytes need not be encoded to be refused
+    number = f"at least {n_ids}"
     if n_ids <= n_ctx:
         try:
             ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
         except UnicodeEncodeError:
             raise ValueError(f"the prompt {prompt[:40]!r} is not UTF-8 text") from None
-        n_ids = len(ids)
+        number = n_ids = len(ids)
     if n_ids + n_new > n_ctx:
-        limit = f"{n_ids} tokens of prompt and {n_new} to generate, but the context length is {n_ctx}"
+        limit = f"{number} tokens of prompt and {n_new} to generate, but the context length is {n_ctx}"
         raise ValueError(f"the prompt {prompt[:40]!r} is too long: {limit}")
     return ids
 

@@ -190,11 +190,10 @@ def write_for_transformers(folder):
         *path, last = name.replace("model/h", "model/h/").split("/")[1:]
         state["transformer." + ".".join([*path, theirs[last]])] = torch.from_numpy(np.array(tensor))
     state["lm_head.weight"] = state["transformer.wte.weight"]
-    print(model.load_state_dict(state, strict=False), file=sys.stderr)
+    model.load_state_dict(state)
     model.save_pretrained(folder / "transformers")
-    ours = json.loads((folder / "encoder.json").read_text("utf-8"))
-    (folder / "transformers/vocab.json").write_text(json.dumps(ours))
-    shutil.copy(folder / "vocab.bpe", folder / "transformers/merges.txt")
+    for name, theirs in ("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt"):  # CTranslate2's converter asks
+        shutil.copy(folder / name, folder / "transformers" / theirs)
 
 
 # ---- The measuring --------------------------------------------------------------------------------------------------
