@@ -12,7 +12,6 @@ import heapq
 import itertools
 import json
 import os
-import sys
 
 import regex
 
@@ -37,17 +36,25 @@ def get_pairs(word):
 
 
 class Encoder:
-    """A vocabulary {piece: id}, the merges [(left, right), ...] in their order, and how decode treats invalid UTF-8."""
+    """A vocabulary {piece: id}, the merges in their order, and how decode treats invalid UTF-8.
+
+    A merge is a pair (left, right), or "left right" as in vocab.bpe. As text it takes less time and memory to load.
+    """
 
     def __init__(self, encoder, bpe_merges, errors="replace"):
         self.encoder = encoder
         self.decoder = {id: piece for piece, id in encoder.items()}
         self.errors = errors
-        self.bpe_ranks = {tuple(pair): rank for rank, pair in enumerate(bpe_merges)}
+        merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in bpe_merges)
+        self.bpe_ranks = {merge: rank for rank, merge in enumerate(merges)}
         self.to_unicode = bytes_to_unicode()
         self.to_byte = {ord(character): byte for byte, character in self.to_unicode.items()}
         self.longest = max(map(len, encoder))  # bytes of the longest token: no text has fewer than bytes / longest
         self.ids_of_short_word = functools.lru_cache(2**15)(self.ids_of_word)
+
+    def rank(self, left, right):
+        """The place of a merge in the list, from 0; None: there is no such merge."""
+        return self.bpe_ranks.get(f"{left} {right}")
 
     def bpe(self, token):
         """Join the pieces of a word, given in the characters of bytes_to_unicode(): "lower" -> "low er".
@@ -58,8 +65,8 @@ class Encoder:
         pieces = list(token)
         before = list(range(-1, len(pieces) - 1))  # pieces[before[i]] is the left neighbour of pieces[i]
         after = list(range(1, len(pieces) + 1))  # len(pieces): none
-        ranks = [self.bpe_ranks.get(pair) for pair in itertools.pairwise(pieces)]
-        heap = [(rank, i) for i, rank in enumerate(ranks) if rank is not None]
+        ranks = enumerate(map(self.rank, pieces, pieces[1:]))
+        heap = [(rank, i) for i, rank in ranks if rank is not None]
         heapq.heapify(heap)
         while heap:
             rank, places = heap[0][0], []
@@ -67,14 +74,15 @@ class Encoder:
                 places.append(heapq.heappop(heap)[1])
             for i in places:
                 j = after[i]
-                if j == len(pieces) or self.bpe_ranks.get((pieces[i], pieces[j])) != rank:
+                if j == len(pieces) or self.rank(pieces[i], pieces[j]) != rank:
                     continue  # one of the two was joined with another piece meanwhile
                 pieces[i], pieces[j], after[i] = pieces[i] + pieces[j], None, after[j]
                 if after[i] < len(pieces):
                     before[after[i]] = i
                 for left, right in ((before[i], i), (i, after[i])):
-                    if left >= 0 and right < len(pieces) and (pieces[left], pieces[right]) in self.bpe_ranks:
-                        heapq.heappush(heap, (self.bpe_ranks[pieces[left], pieces[right]], left))
+                    new = self.rank(pieces[left], pieces[right]) if left >= 0 and right < len(pieces) else None
+                    if new is not None:
+                        heapq.heappush(heap, (new, left))
         return " ".join(piece for piece in pieces if piece is not None)
 
     def ids_of_word(self, word):
@@ -107,12 +115,12 @@ def get_encoder(model_name, models_dir):
             raise ValueError("the ids are not 0, 1, 2, …")
         damaged = "vocab.bpe (or encoder.json) is"
         with open(os.path.join(path, "vocab.bpe"), encoding="utf-8") as f:
-            lines = f.read().split("\n")[1:]  # the first names the version; an empty one ends the file
-        # Interned, since a piece stands in many merges: that saves a third of the memory.
-        merges = [(sys.intern(left), sys.intern(right)) for left, right in (line.split(" ") for line in lines if line)]
+            text = f.read().partition("\n")[2].rstrip("\n")  # the first line names the version
+        merges = text.split("\n")  # "left right"
         ids = {encoder[piece] for piece in (*bytes_to_unicode().values(), "<|endoftext|>")}
-        ids |= {encoder[left + right] for left, right in merges}  # a token of its own for each
-        if not len(ids) == 257 + len(merges) == len(encoder):
+        ids.update(map(encoder.__getitem__, text.replace(" ", "").split("\n")))  # a token of its own for each merge
+        one_space = {merge.count(" ") for merge in merges} == {1}
+        if not (one_space and len(ids) == 257 + len(merges) == len(encoder)):
             raise ValueError("they do not fit each other")
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{os.path.join(path, damaged)} damaged ({type(error).__name__}: {error})") from None

@@ -307,6 +307,8 @@ DAMAGE += [
     ("vocab.bpe", "a merge too many", edit_lines(lambda lines: [*lines[:-1], "q q", ""]), []),
     ("vocab.bpe", "a merge twice", edit_lines(lambda lines: [*lines[:-2], lines[3], ""]), []),
     ("vocab.bpe", "three pieces", edit_lines(lambda lines: [*lines[:-2], "a b c", ""]), []),
+    ("vocab.bpe", "one piece", edit_lines(lambda lines: [*lines[:-2], lines[-2].replace(" ", ""), ""]), []),
+    ("vocab.bpe", "an empty piece", edit_lines(lambda lines: [*lines[:-2], lines[-2].replace(" ", "  "), ""]), []),
 ]
 
 
