@@ -173,20 +173,23 @@ def choose(logits, streams, temperature, top_k, top_p):
 
 
 def prefill(prompts, params, n_head, n_positions):
-    """A cache with room for n_positions that holds all but the last token of each prompt.
+    """A cache with room for n_positions, and ids and positions [n_batch, n_last] of the tokens that are not yet in it.
 
+    These are the last of each prompt, as many as the shortest one has: then the next token is due in all rows at once.
     Prompts are padded on the right: a pad comes after every real token, so no real query sees it. About 256 tokens go
     through the model at a time: that bounds the memory, and the arrays stay small enough for the processor's cache.
     """
-    n_batch, n_seq, n_embd = len(prompts), max(map(len, prompts)), params["wpe"].shape[1]
+    lengths, n_embd = np.array([[len(prompt)] for prompt in prompts]), params["wpe"].shape[1]  # [n_batch, 1]
+    n_batch, n_seq, step = len(prompts), lengths.max(), max(1, 256 // len(prompts))
     cache = np.zeros((len(params["blocks"]), 2, n_batch, n_head, n_positions, n_embd // n_head), np.float32)
     tokens = np.array([prompt + [0] * (n_seq - len(prompt)) for prompt in prompts])  # [n_batch, n_seq]
     np.empty(8_000_000, np.float32)  # freed at once: now glibc keeps freed arrays for reuse, which saves up to a sixth
-    step = max(1, 256 // n_batch)
-    for start in range(0, n_seq - 1, step):
-        positions = np.arange(start, min(start + step, n_seq - 1))[None]  # [1, n_query]
+    n_last = min(step, lengths.min())
+    for start in range(0, n_seq - n_last, step):
+        positions = np.arange(start, min(start + step, n_seq - n_last))[None]  # [1, n_query]
         gpt2(tokens[:, positions[0]], **params, n_head=n_head, cache=cache, positions=positions)  # logits: not needed
-    return cache
+    positions = lengths + np.arange(-n_last, 0)  # [n_batch, n_last]
+    return cache, np.take_along_axis(tokens, positions, axis=1), positions
 
 
 def generate(
@@ -209,12 +212,11 @@ def generate(
     if max(lengths) + n_new > n_ctx:
         raise ValueError(f"{max(lengths)} tokens of prompt and {n_new} to generate: the context length is {n_ctx}")
     streams = [np.random.default_rng(None if seed is None else [seed, first_row + row]) for row in range(len(prompts))]
-    cache = prefill(prompts, params, n_head, max(lengths) + n_new)
-    ids = np.array([prompt[-1:] for prompt in prompts])  # [n_batch, 1]
-    positions = np.array(lengths)[:, None] - 1  # [n_batch, 1]
+    cache, ids, positions = prefill(prompts, params, n_head, max(lengths) + n_new)
     new, growing = [[] for _ in prompts], range(len(prompts))
     for _ in range(n_new):
-        # A decode step: the latest token of each row, at its own position, over what a pad may have left in the cache.
+        # Each row at its own positions, over what pads may have left in the cache. From the second time on, a decode
+        # step: the latest token of each row alone.
         logits = gpt2(ids, **params, n_head=n_head, cache=cache, positions=positions)  # [n_batch, 1, n_vocab]
         chosen = choose(logits[:, 0], streams, *sampling)  # [n_batch]
         growing = [row for row in growing if chosen[row] != stop_id]
@@ -224,7 +226,7 @@ def generate(
                 on_token(row, new[row][-1])
         if not growing:
             break
-        ids, positions = chosen[:, None], positions + 1
+        ids, positions = chosen[:, None], positions[:, -1:] + 1  # [n_batch, 1]
     return new[0] if single else new
 
 

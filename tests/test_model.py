@@ -360,6 +360,9 @@ def test_prefill_in_pieces(model, monkeypatch):
     gpt2.generate(random_ids(5, 100), random_params(), N_HEAD, 1)
     assert max(sizes) <= 256
     assert sum(sizes) == 5 * 100
+    sizes.clear()
+    gpt2.generate(random_ids(9), random_params(), N_HEAD, 3)
+    assert sizes == [9, 1, 1]  # the whole prompt gives the first token
 
 
 def test_what_generate_takes(module, model):
