@@ -30,7 +30,8 @@ def gelu(x):
 def softmax(x):
     """Probabilities from logits, along the last axis. Subtracting the maximum only prevents overflow."""
     exp_x = np.exp(x - x.max(-1, keepdims=True))
-    return exp_x / exp_x.sum(-1, keepdims=True)
+    exp_x /= exp_x.sum(-1, keepdims=True)  # in place: the matrices of attention are large
+    return exp_x
 
 
 def layer_norm(x, g, b, eps=1e-5):
@@ -56,8 +57,8 @@ def attention(q, k, v, mask):
     A sum of d_head random products has a standard deviation of sqrt(d_head); divided by that, it does not saturate the
     softmax, whatever the size of the model.
     """
-    scores = q / math.sqrt(q.shape[-1]) @ k.swapaxes(-1, -2)  # [..., n_query, d_head] -> [..., n_query, n_key]
-    return softmax(scores + mask) @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
+    weights = softmax(q / math.sqrt(q.shape[-1]) @ k.swapaxes(-1, -2) + mask)  # [..., n_query, n_key]
+    return weights @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
 
 
 def mha(x, c_attn, c_proj, n_head, cache=None, positions=None):

@@ -5,7 +5,6 @@ next run would believe. ValueError and OSError carry one line that says what to 
 """
 
 import contextlib
-import hashlib
 import inspect
 import json
 import math
@@ -157,6 +156,8 @@ def extent(response, part, size):
 
 
 def sha256(path):
+    import hashlib
+
     with open(path, "rb") as f:
         return hashlib.sha256(f.read()).hexdigest()
 
