@@ -165,8 +165,8 @@ def sample_probs(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def choose(logits, streams, temperature, top_k, top_p):
-    """The next token of each row, [n_batch, n_vocab] -> [n_batch]: greedy, or drawn from its own random stream."""
-    if temperature == 0 or (temperature, top_k, top_p) == (None, None, None):
+    """The next token of each row, [n_batch, n_vocab] -> [n_batch]: drawn from its own random stream; without, greedy."""
+    if not streams:
         return logits.argmax(-1)
     cdf = sample_probs(logits, temperature, top_k, top_p).cumsum(-1)
     drawn = np.array([[stream.random()] for stream in streams])  # [n_batch, 1]
@@ -212,7 +212,9 @@ def generate(
         raise ValueError(f"a prompt is one id or more, each from 0 to {n_vocab - 1}")
     if max(lengths) + n_new > n_ctx:
         raise ValueError(f"{max(lengths)} tokens of prompt and {n_new} to generate: the context length is {n_ctx}")
-    streams = [np.random.default_rng(None if seed is None else [seed, first_row + row]) for row in range(len(prompts))]
+    seeds = [None if seed is None else [seed, first_row + row] for row in range(len(prompts))]
+    greedy = sampling[0] == 0 or sampling == [None, None, None]  # temperature, top_k, top_p
+    streams = [] if greedy else [np.random.default_rng(seed) for seed in seeds]  # (np.random is imported when used)
     cache, ids, positions = prefill(prompts, params, n_head, max(lengths) + n_new)
     new, growing = [[] for _ in prompts], range(len(prompts))
     for _ in range(n_new):

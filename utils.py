@@ -371,6 +371,7 @@ def run(function):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
         fire.Fire(function, as_typed(sys.argv[1:], function))
         sys.stdout.flush()
+        os._exit(0)  # the system frees memory at once; Python would do it piece by piece, for 40 ms
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, ImportError, MemoryError) as error:

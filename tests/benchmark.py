@@ -225,7 +225,7 @@ def measure(folder, engines, rounds):
     encoder, _, _ = utils.load_encoder_and_hparams(folder.name, folder.parent)
     short, rng = encoder.encode(PROMPT), np.random.default_rng(0)
     batch, long = rng.integers(0, 50256, (32, len(short))).tolist(), rng.integers(0, 50256, 1000).tolist()
-    me = [sys.executable, __file__, "--model_size", str(folder)]
+    me = [sys.executable, __file__, "--folder", str(folder)]
     commands = {name: [*me, "--once", name] for name in engines}
     commands["gpt2.py"] = [sys.executable, "gpt2.py", PROMPT, "--model_size", folder.name]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
@@ -318,20 +318,18 @@ def ratios(figures, n_bytes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_size", default="124M")
+    parser.add_argument("--model_size", default="124M", choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serve", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--once", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(args.serve, pathlib.Path(args.model_size))
+        return serve(args.serve, args.folder)
     if args.once:
-        folder = pathlib.Path(args.model_size)
-        from encoder import get_encoder
-
-        ids = get_encoder(folder.name, folder.parent).encode(PROMPT)
-        return print(ENGINES[args.once][0](folder)([ids], N_NEW))
+        ids = utils.get_encoder(args.folder.name, args.folder.parent).encode(PROMPT)
+        return print(ENGINES[args.once][0](args.folder)([ids], N_NEW))
     if args.prepare:
         return prepare(args.model_size)
     # The weights are written by a process that ends: the peak memory of a child counts from its parent's.
