@@ -69,7 +69,7 @@ def mha(x, c_attn, c_proj, n_head, cache=None, positions=None):
     """
     positions = np.arange(x.shape[-2]) if positions is None else positions  # [n_seq], or [n_batch or 1, n_seq]
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
-    q, k, v = np.moveaxis(qkv, (-3, -2), (0, -3))  # 3 times [..., n_head, n_seq, d_head]
+    q, k, v = (qkv[..., i, :, :].swapaxes(-3, -2) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
     if cache is not None:
         # Row b is written at its own positions. (The axes of the two index arrays come first: [n_batch, n_seq, ...].)
         cache[:, np.arange(len(x))[:, None], :, positions] = qkv[..., 1:, :, :]

@@ -22,7 +22,7 @@ def attention(q, k, v, mask): return softmax(q / q.shape[-1] ** 0.5 @ k.swapaxes
 def mha(x, c_attn, c_proj, n_head, cache=None, positions=None):
     positions = np.arange(x.shape[-2]) if positions is None else positions
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)
-    q, k, v = np.moveaxis(qkv, (-3, -2), (0, -3))
+    q, k, v = (qkv[..., i, :, :].swapaxes(-3, -2) for i in range(3))
     if cache is not None:
         cache[:, np.arange(len(x))[:, None], :, positions] = qkv[..., 1:, :, :]
         k, v = cache[..., : positions.max() + 1, :]
