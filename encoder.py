@@ -76,14 +76,14 @@ class Encoder:
                 j = after[i]
                 if j == len(pieces) or self.rank(pieces[i], pieces[j]) != rank:
                     continue  # one of the two was joined with another piece meanwhile
-                pieces[i], pieces[j], after[i] = pieces[i] + pieces[j], None, after[j]
+                pieces[i], pieces[j], after[i] = pieces[i] + pieces[j], "", after[j]
                 if after[i] < len(pieces):
                     before[after[i]] = i
                 for left, right in ((before[i], i), (i, after[i])):
                     new = self.rank(pieces[left], pieces[right]) if left >= 0 and right < len(pieces) else None
                     if new is not None:
                         heapq.heappush(heap, (new, left))
-        return " ".join(piece for piece in pieces if piece is not None)
+        return " ".join(filter(None, pieces))
 
     def ids_of_word(self, word):
         characters = "".join(map(self.to_unicode.__getitem__, word.encode("utf-8")))
@@ -107,13 +107,13 @@ class Encoder:
 
 def get_encoder(model_name, models_dir):
     """The Encoder of the model in models_dir/model_name. ValueError: encoder.json or vocab.bpe is damaged."""
-    path, damaged = os.path.join(models_dir, model_name), "encoder.json is"
+    path, name = os.path.join(models_dir, model_name), "encoder.json"
     try:
-        with open(os.path.join(path, "encoder.json"), encoding="utf-8") as f:
+        with open(os.path.join(path, name), encoding="utf-8") as f:
             encoder = json.load(f)
-        if not isinstance(encoder, dict) or sorted(encoder.values()) != list(range(len(encoder))):
+        if sorted(encoder.values()) != list(range(len(encoder))) or set(map(type, encoder.values())) != {int}:
             raise ValueError("the ids are not 0, 1, 2, …")
-        damaged = "vocab.bpe (or encoder.json) is"
+        name = "vocab.bpe (or encoder.json)"
         with open(os.path.join(path, "vocab.bpe"), encoding="utf-8") as f:
             text = f.read().partition("\n")[2].rstrip("\n")  # the first line names the version
         merges = text.split("\n")  # "left right"
@@ -122,6 +122,6 @@ def get_encoder(model_name, models_dir):
         one_space = {merge.count(" ") for merge in merges} == {1}
         if not (one_space and len(ids) == 257 + len(merges) == len(encoder)):
             raise ValueError("they do not fit each other")
-    except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{os.path.join(path, damaged)} damaged ({type(error).__name__}: {error})") from None
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.path.join(path, name)} is damaged ({type(error).__name__}: {error})") from None
     return Encoder(encoder, merges)

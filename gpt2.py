@@ -19,7 +19,7 @@ from json import dumps
 import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
-# Array functions only, so that JAX's NumPy can take NumPy's place. The KV cache alone is written in place.
+# Array functions only, so that JAX's NumPy can take NumPy's place. The KV cache alone is assigned to by index.
 
 
 def gelu(x):
@@ -36,7 +36,7 @@ def softmax(x):
 
 def layer_norm(x, g, b, eps=1e-5):
     """Mean 0 and variance 1 along the last axis, then a learned scale g and offset b (Ba et al., 2016)."""
-    x = x - x.sum(-1, keepdims=True) / x.shape[-1]  # for a single row sum() is three times as fast as mean()
+    x = x - x.sum(-1, keepdims=True) / x.shape[-1]  # for a single row twice as fast as mean()
     variance = (x * x).sum(-1, keepdims=True) / x.shape[-1]  # [..., 1]
     return x / np.sqrt(variance + eps) * g + b
 
@@ -78,7 +78,7 @@ def mha(x, c_attn, c_proj, n_head, cache=None, positions=None):
     mask = np.where(seen, np.float32(0), np.float32(-np.inf))
     if cache is None or x.shape[-2] == 1:
         heads = attention(q, k, v, mask)  # [..., n_head, n_seq, d_head]
-    else:  # prefill is a tenth faster head by head: the scores of one stay in the processor's own cache
+    else:  # prefill is up to a tenth faster head by head: the scores of one stay in the processor's own cache
         each = [slice(i, i + 1) for i in range(n_head)]
         heads = np.concatenate([attention(q[:, i], k[:, i], v[:, i], mask) for i in each], axis=1)
     heads = heads.swapaxes(-2, -3).reshape(x.shape)  # side by side: [..., n_seq, n_embd]
@@ -107,7 +107,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, positions=None):
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, cache=None if cache is None else cache[i], positions=positions)
     x = layer_norm(x if cache is None else x[:, -1:], **ln_f)
-    return linear(x, wte.T, 0)  # tied embeddings: a token is likely where x resembles it. [..., n_seq, n_vocab]
+    return linear(x, wte.T, 0)  # tied embeddings: a token is likely where x resembles it
 
 
 # ---- Sampling and generation ----------------------------------------------------------------------------------------
@@ -174,11 +174,12 @@ def choose(logits, streams, temperature, top_k, top_p):
 
 
 def prefill(prompts, params, n_head, n_positions):
-    """A cache with room for n_positions, and ids and positions [n_batch, n_last] of the tokens that are not yet in it.
+    """A cache with room for n_positions, and ids and positions [n_batch, n_last] of the tokens to go on with.
 
-    These are the last of each prompt, as many as the shortest one has: then the next token is due in all rows at once.
-    Prompts are padded on the right: a pad comes after every real token, so no real query sees it. About 256 tokens go
-    through the model at a time: that bounds the memory, and the arrays stay small enough for the processor's cache.
+    About 256 tokens go through the model at a time: that bounds the memory, and the arrays stay small enough for the
+    processor's cache. Prompts are padded on the right: a pad comes after every real token, so no real query sees it.
+    To go on with, each row has the last tokens of its prompt, as many as the shortest one has (but no more than fit in
+    a turn), whether they are in the cache already or not: so the next token is due in all rows at once.
     """
     lengths, n_embd = np.array([[len(prompt)] for prompt in prompts]), params["wpe"].shape[1]  # [n_batch, 1]
     n_batch, n_seq, step = len(prompts), lengths.max(), max(1, 256 // len(prompts))
@@ -199,7 +200,7 @@ def generate(
 ):  # fmt: skip
     """The ids that follow a prompt's ids; a list of lists for a list of prompts, which are decoded together.
 
-    Greedy, unless temperature (above 0), top_k or top_p is given. Row b draws from its own random stream, made from
+    Greedy where temperature is 0 or none of temperature, top_k and top_p is given. Row b draws from its own random stream, made from
     seed and the place of its prompt, first_row + b. A row ends before stop_id; on_token(row, id) is called for each id.
     ValueError: an option makes no sense, an id is not in the vocabulary, a prompt is empty or over the context length.
     """
@@ -218,8 +219,8 @@ def generate(
     cache, ids, positions = prefill(prompts, params, n_head, max(lengths) + n_new)
     new, growing = [[] for _ in prompts], range(len(prompts))
     for _ in range(n_new):
-        # Each row at its own positions, over what pads may have left in the cache. From the second time on, a decode
-        # step: the latest token of each row alone.
+        # First the last tokens of the prompts, then (a decode step) the latest token of each row. Each row is at its
+        # own positions, where it replaces in the cache what a pad may have left.
         logits = gpt2(ids, **params, n_head=n_head, cache=cache, positions=positions)  # [n_batch, 1, n_vocab]
         chosen = choose(logits[:, 0], streams, *sampling)  # [n_batch]
         growing = [row for row in growing if chosen[row] != stop_id]

@@ -1,5 +1,5 @@
 # fmt: off
-"""gpt2.py in as few lines as one can read: cache, ragged batch and all, and the same text, character for character."""
+"""The model and greedy generation of gpt2.py in as few lines as one can read: cache, ragged batch, the same text."""
 import numpy as np
 
 import utils

@@ -1,5 +1,7 @@
 """Speed, from process start to the last token: python tests/benchmark.py [--model_size 124M] [--rounds 5]
 
+Needs tests/requirements.txt.
+
 Compares gpt2.py with the loop of the original (no cache, all logits, float32 kept) and, where they are installed, with
 HF transformers on torch and with CTranslate2, all in float32 on the same weights: those of models/<size> if it is there,
 else random ones of that shape, which are written once to models/benchmark-<size> (for the others once more beside it).
@@ -48,10 +50,8 @@ def numpy_engine(folder):
 def original_engine(folder):
     """The published loop: every step the whole sequence, head by head, and the logits of all positions."""
     _, hparams, params = utils.load_encoder_hparams_and_params(folder.name, folder.parent)
-    c, root = (
-        float(np.sqrt(2 / np.pi)),
-        float(np.sqrt(hparams["n_embd"] // hparams["n_head"])),
-    )  # Python's: float32 stays
+    c = float(np.sqrt(2 / np.pi))  # Python's floats: float32 stays
+    root = float(np.sqrt(hparams["n_embd"] // hparams["n_head"]))
 
     def gelu(x):
         return 0.5 * x * (1 + np.tanh(c * (x + 0.044715 * x**3)))
@@ -293,9 +293,8 @@ def table(figures, engines):
         cells = []
         for name in engines:
             values = by_engine.get(name)
-            cells.append(
-                f"**{statistics.median(values):.3g}** ({min(values):.3g} to {max(values):.3g})" if values else ""
-            )
+            spread = f" ({min(values):.3g} to {max(values):.3g})" if values else ""
+            cells.append(f"**{statistics.median(values):.3g}**{spread}" if values else "")
         yield f"| {row} | {' | '.join(cells)} |"
 
 
@@ -336,23 +335,12 @@ def main():
     subprocess.run([sys.executable, __file__, "--model_size", args.model_size, "--prepare"], check=True)
     folder, engines = prepare(args.model_size)
     figures, differing = measure(folder, engines, args.rounds)
-    packages = [
-        "numpy",
-        *(
-            name
-            for name in ("torch", "transformers", "ctranslate2")
-            if name in " ".join(engines) or name == "transformers" and "torch" in engines
-        ),
-    ]
-    print(
-        f"{args.model_size}, float32, {folder.name}; {os.cpu_count()} cores, {platform.machine()}; {args.rounds} rounds"
-    )
+    packages = dict.fromkeys(package for name in engines for package in ENGINES[name][1])
+    cores = f"{os.cpu_count()} cores, {platform.machine()}"
+    print(f"{args.model_size}, float32, {folder.name}; {cores}; {args.rounds} rounds")
     print(f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages), sep=", ")
-    print(
-        "tokens:",
-        f"DIFFERENT in {', '.join(sorted(differing))}" if differing else "the same from all engines",
-        end="\n\n",
-    )
+    tokens = f"DIFFERENT in {', '.join(sorted(differing))}" if differing else "the same from all engines"
+    print(f"tokens: {tokens}\n")
     print(*table(figures, engines), sep="\n")
     print()
     for name, ratio in ratios(figures, os.path.getsize(folder / ("model.ckpt" + utils.DATA))):

@@ -268,6 +268,8 @@ def test_help_tells_every_flag_its_meaning_and_its_default():
         ["hi", "--temprature", "1"],
         ["hi", "--jsn"],
         ["hi", "-x"],
+        ["hi", "-t", "0.8"],  # temperature, top_k or top_p?
+        ["hi", "-m=2M"],
         ["-hello"],
         ["--"],
         ["hi", "--seed"],
@@ -281,6 +283,12 @@ def test_a_mistyped_flag_is_refused_at_once(tmp_path, args):
     [line] = result.stderr.splitlines()
     assert line.startswith("error: ") and next(arg for arg in args if arg.startswith("-")) in line
     assert "needs a value" in line or all(f"--{flag.name}" in line for flag in FLAGS)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--json", "false"), ("-j", "True")])
+def test_a_switch_takes_its_value_with_an_equals_sign(flag, value):
+    result = run("hi", flag, value, *SMALL)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: write {flag}={value}\n")
 
 
 NUMBERS = {

@@ -178,11 +178,13 @@ def test_bpe_is_the_naive_method(merges, word):
         ([("aa", "a"), ("a", "a")], "aaaaa", "aa aaa"),  # all pairs of "a" are joined before "aa" and "a" are
         ([("a", "b"), ("b", "a")], "bab", "b ab"),
         ([("b", "c"), ("a", "bc"), ("a", "b")], "abcab", "abc ab"),
+        (["N o", "n e", "No ne", "t h", "X None", "None th"], "XNoneth", "XNone th"),  # as lines; a piece named "None"
     ],
 )
 def test_bpe_by_hand(merges, word, expected):
     """Cases worked out on paper, which the naive method must give too."""
-    assert Encoder({"a": 0}, merges).bpe(word) == expected == " ".join(naive_bpe(word, merges))
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
+    assert Encoder({"a": 0}, merges).bpe(word) == expected == " ".join(naive_bpe(word, pairs))
 
 
 class Counting(dict):

@@ -298,6 +298,7 @@ DAMAGE += [
         [],
     ),
     ("encoder.json", "an id that is text", put("a", "64"), []),
+    ("encoder.json", "an id that is a float", edit(lambda content: content.update(a=float(content["a"]))), []),
     ("encoder.json", "no <|endoftext|>", edit(lambda content: content.update(x_y_z=content.pop("<|endoftext|>"))), []),
     ("vocab.bpe", "empty", write(""), []),
     ("vocab.bpe", "no text", write(b"\xff"), []),
