@@ -200,8 +200,9 @@ def generate(
 ):  # fmt: skip
     """The ids that follow a prompt's ids; a list of lists for a list of prompts, which are decoded together.
 
-    Greedy where temperature is 0 or none of temperature, top_k and top_p is given. Row b draws from its own random stream, made from
-    seed and the place of its prompt, first_row + b. A row ends before stop_id; on_token(row, id) is called for each id.
+    Greedy where temperature is 0 or none of temperature, top_k and top_p is given. Row b draws from its own random
+    stream, made from seed and the place of its prompt, first_row + b. A row ends before stop_id; on_token(row, id) is
+    called for each id.
     ValueError: an option makes no sense, an id is not in the vocabulary, a prompt is empty or over the context length.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
