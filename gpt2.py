@@ -165,7 +165,7 @@ def sample_probs(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def choose(logits, streams, temperature, top_k, top_p):
-    """The next token of each row, [n_batch, n_vocab] -> [n_batch]: drawn from its own random stream, or greedy."""
+    """The next token of each row, [n_batch, n_vocab] -> [n_batch]: drawn from its stream; greedy if there is none."""
     if not streams:
         return logits.argmax(-1)
     cdf = sample_probs(logits, temperature, top_k, top_p).cumsum(-1)

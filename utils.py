@@ -351,10 +351,10 @@ def as_typed(args, function):
             return ["--", "--help"]
         elif name not in known:
             wrong = f"no flag {arg}; there are --{' --'.join(names)} (a prompt with a dash: --prompt={arg!r})"
-        elif name in switches and not equals and (args + [""])[i + 1].lower() in ("true", "false"):
-            wrong = f"write {arg}={args[i + 1]}"
         elif name in switches and not equals:
             typed.append(f"--{name}=True")
+            if [word.lower() for word in args[i + 1 : i + 2]] in (["true"], ["false"]):
+                wrong = f"write {arg}={args[i + 1]}"
         elif is_flag[i + 1] and not equals:
             wrong = f"{arg} needs a value; one that begins with a dash: {arg}=…"
         else:

@@ -13,6 +13,7 @@ the median of the rounds, with the lowest and highest. No engine is timed on a t
 import argparse
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import platform
@@ -217,7 +218,7 @@ def whole_process(command):
     process.stdout.read()
     _, process.returncode, usage = os.wait4(process.pid, 0)
     assert process.returncode == 0, command
-    return first, time.perf_counter() - start, usage.ru_maxrss / 1000
+    return first, time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6  # from KiB
 
 
 def measure(folder, engines, rounds):
@@ -344,7 +345,8 @@ def main():
     print(*table(figures, engines), sep="\n")
     print()
     for name, ratio in ratios(figures, os.path.getsize(folder / ("model.ckpt" + utils.DATA))):
-        print(f"{name:32} {ratio:.3f}")
+        if not math.isnan(ratio):  # both were measured
+            print(f"{name:32} {ratio:.3f}")
 
 
 if __name__ == "__main__":
