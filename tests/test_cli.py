@@ -285,6 +285,13 @@ def test_a_mistyped_flag_is_refused_at_once(tmp_path, args):
     assert "needs a value" in line or all(f"--{flag.name}" in line for flag in FLAGS)
 
 
+@pytest.mark.parametrize("args", [[], ["hi", "3", "2M", "models", "one more"], ["hi", "--prompt", "ho"]], ids=" ".join)
+def test_pico_takes_one_prompt(args):
+    result = run(*args, script="gpt2_pico.py")
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+    assert result.stderr.startswith("error: ")
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--json", "false"), ("-j", "True")])
 def test_a_switch_takes_its_value_with_an_equals_sign(flag, value):
     result = run("hi", flag, value, *SMALL)
@@ -411,7 +418,7 @@ def test_ctrl_c_during_a_generation(mode):
     assert out.strip() == (GOLDEN[1]["text"][: len(out.strip()) + 1].strip() if mode == "one" else "")
 
 
-@pytest.mark.parametrize("name", ["fire", "tensorflow", "tensorflow.python.framework.dtypes"])
+@pytest.mark.parametrize("name", ["tensorflow", "tensorflow.python.framework.dtypes"])
 def test_ctrl_c_while_loading(models, name):
     returncode, out, err = finish(start(name, "Once", *SMALL, "--models_dir", str(models), code=INTERRUPT_IMPORT))
     assert (returncode, out) == (130, "")
