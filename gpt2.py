@@ -23,8 +23,12 @@ import numpy as np
 
 
 def gelu(x):
-    """Gaussian error linear unit, a ReLU with a soft bend (Hendrycks & Gimpel, 2016), by its tanh approximation."""
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * (x * x))))  # x**3 would be far slower
+    """Gaussian error linear unit, a ReLU with a soft bend (Hendrycks & Gimpel, 2016), by its tanh approximation.
+
+    The argument of tanh is sqrt(2 / pi) * (x + 0.044715 x**3) in the paper; x**3 is far slower than products.
+    """
+    c = math.sqrt(2 / math.pi)
+    return 0.5 * x * (1 + np.tanh(x * (c + c * 0.044715 * (x * x))))
 
 
 def softmax(x):
@@ -43,7 +47,8 @@ def layer_norm(x, g, b, eps=1e-5):
 
 def linear(x, w, b):
     """x w + b. All axes but the last are made one: else NumPy would read w anew for each sequence of a batch."""
-    return (x.reshape(-1, w.shape[0]) @ w + b).reshape(*x.shape[:-1], -1)  # [..., n_in] @ [n_in, n_out] -> [..., n_out]
+    rows = x.reshape(-1, w.shape[0])  # [n_rows, n_in]
+    return (rows @ w + b).reshape(*x.shape[:-1], w.shape[1])  # [..., n_in] @ [n_in, n_out] -> [..., n_out]
 
 
 def ffn(x, c_fc, c_proj):
@@ -61,11 +66,12 @@ def attention(q, k, v, mask):
     return weights @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
 
 
-def mha(x, c_attn, c_proj, n_head, cache=None, positions=None):
+def mha(x, c_attn, c_proj, n_head, cache=None, positions=None, out=slice(None)):
     """Multi-head attention: n_head attentions side by side, each in d_head of the n_embd dimensions.
 
     The one rule of the mask: a query at position p sees the keys at positions <= p. Where the mask is -inf the softmax
-    is exactly 0. This layer's cache, [2, n_batch, n_head, n_positions, d_head], has the keys and values so far.
+    is exactly 0. This layer's cache, [2, n_batch, n_head, n_positions, d_head], has the keys and values so far. All of
+    x give keys and values; x[..., out, :] alone make queries.
     """
     positions = np.arange(x.shape[-2]) if positions is None else positions  # [n_seq], or [n_batch or 1, n_seq]
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
@@ -74,40 +80,44 @@ def mha(x, c_attn, c_proj, n_head, cache=None, positions=None):
         # Row b is written at its own positions. (The axes of the two index arrays come first: [n_batch, n_seq, ...].)
         cache[:, np.arange(len(x))[:, None], :, positions] = qkv[..., 1:, :, :]
         k, v = cache[..., : positions.max() + 1, :]  # twice [n_batch, n_head, n_key, d_head]
+    x, q, positions = x[..., out, :], q[..., out, :], positions[..., out]  # n_query of the n_seq
     seen = np.arange(k.shape[-2]) <= positions[..., None, :, None]  # [..., 1, n_query, n_key]
     mask = np.where(seen, np.float32(0), np.float32(-np.inf))
     if cache is None or x.shape[-2] == 1:
-        heads = attention(q, k, v, mask)  # [..., n_head, n_seq, d_head]
+        heads = attention(q, k, v, mask)  # [..., n_head, n_query, d_head]
     else:  # prefill is up to a tenth faster head by head: the scores of one stay in the processor's own cache
         each = [slice(i, i + 1) for i in range(n_head)]
         heads = np.concatenate([attention(q[:, i], k[:, i], v[:, i], mask) for i in each], axis=1)
-    heads = heads.swapaxes(-2, -3).reshape(x.shape)  # side by side: [..., n_seq, n_embd]
-    return linear(heads, **c_proj)  # and mixed: [..., n_seq, n_embd]
+    heads = heads.swapaxes(-2, -3).reshape(x.shape)  # side by side: [..., n_query, n_embd]
+    return linear(heads, **c_proj)  # and mixed: [..., n_query, n_embd]
 
 
-def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, positions=None):
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, positions=None, out=slice(None)):
     """Attention moves information between positions, ffn works at each. Both add to x instead of replacing it.
 
     The norms come before them (pre-norm), not after as in the first transformer: so x itself passes through untouched,
     which lets deep models train.
     """
-    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, cache=cache, positions=positions)  # [..., n_seq, n_embd]
-    return x + ffn(layer_norm(x, **ln_2), **mlp)  # [..., n_seq, n_embd]
+    mixed = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, cache=cache, positions=positions, out=out)
+    x = x[..., out, :] + mixed  # [..., n_query, n_embd]
+    return x + ffn(layer_norm(x, **ln_2), **mlp)  # [..., n_query, n_embd]
 
 
-def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, positions=None):
+def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, positions=None, out=slice(None)):
     """The logits of the token that follows each input: [..., n_seq] ids -> [..., n_seq, n_vocab].
 
     With a cache [n_layer, 2, n_batch, n_head, n_positions, d_head], which is written to, inputs is [n_batch, n_seq], at
-    positions [n_batch or 1, n_seq]. Then only the last column gets its logits: [n_batch, 1, n_vocab].
+    positions [n_batch or 1, n_seq]. Where not all logits are wanted, out is the slice of the n_seq that get theirs: the
+    last block is spared the others, whose keys and values are all that it needs of them.
     """
     inputs = np.asarray(inputs)
     positions = np.arange(inputs.shape[-1]) if positions is None else positions
     x = wte[inputs] + wpe[positions]  # what the token is, and where it is: [..., n_seq, n_embd]
     for i, block in enumerate(blocks):
-        x = transformer_block(x, **block, n_head=n_head, cache=None if cache is None else cache[i], positions=positions)
-    x = layer_norm(x if cache is None else x[:, -1:], **ln_f)
-    return linear(x, wte.T, 0)  # tied embeddings: a token is likely where x resembles it
+        kv = None if cache is None else cache[i]
+        wanted = out if i == len(blocks) - 1 else slice(None)  # each block needs the whole of the one before
+        x = transformer_block(x, **block, n_head=n_head, cache=kv, positions=positions, out=wanted)
+    return linear(layer_norm(x, **ln_f), wte.T, 0)  # tied embeddings: a token is likely where x resembles it
 
 
 # ---- Sampling and generation ----------------------------------------------------------------------------------------
@@ -176,20 +186,20 @@ def choose(logits, streams, temperature, top_k, top_p):
 def prefill(prompts, params, n_head, n_positions):
     """A cache with room for n_positions, and ids and positions [n_batch, n_last] of the tokens to go on with.
 
-    About 256 tokens go through the model at a time: that bounds the memory, and the arrays stay small enough for the
-    processor's cache. Prompts are padded on the right: a pad comes after every real token, so no real query sees it.
-    To go on with, each row has the last tokens of its prompt, as many as the shortest one has (but no more than fit in
-    a turn), whether they are in the cache already or not: so the next token is due in all rows at once.
+    About 512 tokens go through the model at a time, which bounds the memory; more would be no faster. Prompts are
+    padded on the right: a pad comes after every real token, so no real query sees it. To go on with, each row has the
+    last tokens of its prompt, as many as the shortest one has (but no more than fit in a turn), whether they are in the
+    cache already or not: so the next token is due in all rows at once.
     """
     lengths, n_embd = np.array([[len(prompt)] for prompt in prompts]), params["wpe"].shape[1]  # [n_batch, 1]
-    n_batch, n_seq, step = len(prompts), lengths.max(), max(1, 256 // len(prompts))
+    n_batch, n_seq, step = len(prompts), lengths.max(), max(1, 512 // len(prompts))
     cache = np.zeros((len(params["blocks"]), 2, n_batch, n_head, n_positions, n_embd // n_head), np.float32)
     tokens = np.array([prompt + [0] * (n_seq - len(prompt)) for prompt in prompts])  # [n_batch, n_seq]
     np.empty(8_000_000, np.float32)  # freed at once: now glibc keeps freed arrays for reuse, which saves up to a sixth
     n_last = min(step, lengths.min())
     for start in range(0, n_seq - n_last, step):
         positions = np.arange(start, min(start + step, n_seq - n_last))[None]  # [1, n_query]
-        gpt2(tokens[:, positions[0]], **params, n_head=n_head, cache=cache, positions=positions)  # logits: not needed
+        gpt2(tokens[:, positions[0]], **params, n_head=n_head, cache=cache, positions=positions, out=slice(0))
     positions = lengths + np.arange(-n_last, 0)  # [n_batch, n_last]
     return cache, np.take_along_axis(tokens, positions, axis=1), positions
 
@@ -222,8 +232,8 @@ def generate(
     for _ in range(n_new):
         # First the last tokens of the prompts, then (a decode step) the latest token of each row. Each row is at its
         # own positions, where it replaces in the cache what a pad may have left.
-        logits = gpt2(ids, **params, n_head=n_head, cache=cache, positions=positions)  # [n_batch, 1, n_vocab]
-        chosen = choose(logits[:, 0], streams, *sampling)  # [n_batch]
+        logits = gpt2(ids, **params, n_head=n_head, cache=cache, positions=positions, out=slice(-1, None))
+        chosen = choose(logits[:, 0], streams, *sampling)  # [n_batch, 1, n_vocab] -> [n_batch]
         growing = [row for row in growing if chosen[row] != stop_id]
         for row in growing:
             new[row].append(int(chosen[row]))

@@ -318,15 +318,31 @@ def test_cache(module, model, monkeypatch, golden):
 
 
 def test_call_with_a_cache(module):
-    """Several tokens at once, then one: the logits of the last are those without a cache."""
+    """Several tokens at once, then one: the logits are those without a cache (pico gives those of the last alone)."""
     params, ids = random_params(), np.array(random_ids(2, 6))
     size = HPARAMS["n_layer"], 2, 2, N_HEAD, 8, HPARAMS["n_embd"] // N_HEAD
     model, positions = {**params, "n_head": N_HEAD, "cache": np.zeros(size, np.float32)}, np.arange(6)[None]
     expected = module.gpt2(ids, **params, n_head=N_HEAD)
     for last, part in [(2, slice(0, 3)), (4, slice(3, 5)), (5, slice(5, 6))]:
         logits = module.gpt2(ids[:, part], **model, positions=positions[:, part])
-        assert logits.shape == (2, 1, HPARAMS["n_vocab"])
-        np.testing.assert_allclose(logits[:, 0], expected[:, last], rtol=0, atol=1e-3)
+        wanted = expected[:, part] if module is gpt2 else expected[:, [last]]
+        np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-3, strict=True)
+
+
+@pytest.mark.parametrize("out", [slice(-1, None), slice(0), slice(1, 3), slice(0, 6, 2)], ids=str)
+def test_the_logits_that_are_wanted(out):
+    """They are those of all, and the cache is the same afterwards; so it is without one, for one sequence and several."""
+    params, ids = random_params(), np.array(random_ids(2, 6))
+    size = HPARAMS["n_layer"], 2, 2, N_HEAD, 6, HPARAMS["n_embd"] // N_HEAD
+    caches, positions = np.zeros((2, *size), np.float32), np.arange(6)[None]
+    logits = gpt2.gpt2(ids, **params, n_head=N_HEAD, cache=caches[0], positions=positions)
+    some = gpt2.gpt2(ids, **params, n_head=N_HEAD, cache=caches[1], positions=positions, out=out)
+    np.testing.assert_allclose(some, logits[:, out], rtol=0, atol=1e-3, strict=True)
+    np.testing.assert_allclose(caches[1], caches[0], rtol=0, atol=1e-4)
+    for inputs in ids, ids[0]:
+        all_of_them = gpt2.gpt2(inputs, **params, n_head=N_HEAD)
+        some = gpt2.gpt2(inputs, **params, n_head=N_HEAD, out=out)
+        np.testing.assert_allclose(some, all_of_them[..., out, :], rtol=0, atol=1e-3, strict=True)
 
 
 def test_ragged_batch(module, model, monkeypatch):
