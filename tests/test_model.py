@@ -16,7 +16,7 @@ import gpt2
 import gpt2_pico
 import utils
 
-HPARAMS = {"n_vocab": 31, "n_ctx": 600, "n_embd": 12, "n_head": 3, "n_layer": 2}
+HPARAMS = {"n_vocab": 31, "n_ctx": 1100, "n_embd": 12, "n_head": 3, "n_layer": 2}
 
 
 @pytest.fixture(params=[gpt2, gpt2_pico], ids=lambda module: module.__name__)
@@ -357,7 +357,7 @@ def test_ragged_batch(module, model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "lengths", [[256], [257], [258], [520], [3, 400, 130], [2] * 300 + [4]], ids=lambda n: str(n[-3:])
+    "lengths", [[512], [513], [514], [1030], [3, 700, 300], [2] * 600 + [4]], ids=lambda n: str(n[-3:])
 )
 def test_long_prompts(module, monkeypatch, lengths):
     """Prompts that are filled in by more than one piece, as they are one by one without a cache."""
@@ -370,12 +370,12 @@ def test_long_prompts(module, monkeypatch, lengths):
 
 
 def test_prefill_in_pieces(model, monkeypatch):
-    """No more than 256 tokens go through gpt2.py's model at a time, in a batch of up to 256."""
+    """No more than 512 tokens go through gpt2.py's model at a time, in a batch of up to 512."""
     sizes, original = [], gpt2.gpt2
     monkeypatch.setattr(gpt2, "gpt2", lambda ids, **kwargs: sizes.append(np.size(ids)) or original(ids, **kwargs))
-    gpt2.generate(random_ids(5, 100), random_params(), N_HEAD, 1)
-    assert max(sizes) <= 256
-    assert sum(sizes) == 5 * 100
+    gpt2.generate(random_ids(5, 300), random_params(), N_HEAD, 1)
+    assert max(sizes) <= 512
+    assert sum(sizes) == 5 * 300
     sizes.clear()
     gpt2.generate(random_ids(9), random_params(), N_HEAD, 3)
     assert sizes == [9, 1, 1]  # the whole prompt gives the first token
