@@ -125,8 +125,9 @@ def test_a_checkpoint_of_another_name(models, load):
 
 def test_only_the_first_run_imports_tensorflow(models):
     code = f"""
-import sys, gpt2
-print(gpt2.main("Once", 40, "2M", {str(models)!r}))
+import gpt2, sys, utils
+sys.argv = ["gpt2.py", "Once", "--model_size", "2M", "--models_dir", {str(models)!r}]
+utils.run(gpt2.cli)
 print(*sorted(sys.modules.keys() & {{"tensorflow", "requests", "fire"}}))
 """
     for first in True, False:
