@@ -80,16 +80,18 @@ def mha(x, c_attn, c_proj, n_head, cache=None, positions=None, out=slice(None)):
         # Row b is written at its own positions. (The axes of the two index arrays come first: [n_batch, n_seq, ...].)
         cache[:, np.arange(len(x))[:, None], :, positions] = qkv[..., 1:, :, :]
         k, v = cache[..., : positions.max() + 1, :]  # twice [n_batch, n_head, n_key, d_head]
-    x, q, positions = x[..., out, :], q[..., out, :], positions[..., out]  # n_query of the n_seq
+    q, positions = q[..., out, :], positions[..., out]  # n_query of the n_seq
     seen = np.arange(k.shape[-2]) <= positions[..., None, :, None]  # [..., 1, n_query, n_key]
     mask = np.where(seen, np.float32(0), np.float32(-np.inf))
-    if cache is None or x.shape[-2] == 1:
+    if cache is None or q.shape[-2] == 1:
         heads = attention(q, k, v, mask)  # [..., n_head, n_query, d_head]
     else:  # prefill is up to a tenth faster head by head: the scores of one stay in the processor's own cache
         each = [slice(i, i + 1) for i in range(n_head)]
         heads = np.concatenate([attention(q[:, i], k[:, i], v[:, i], mask) for i in each], axis=1)
-    heads = heads.swapaxes(-2, -3).reshape(x.shape)  # side by side: [..., n_query, n_embd]
-    return linear(heads, **c_proj)  # and mixed: [..., n_query, n_embd]
+    heads = heads.swapaxes(-2, -3)  # [..., n_query, n_head, d_head]
+    return linear(
+        heads.reshape(*heads.shape[:-2], x.shape[-1]), **c_proj
+    )  # side by side, and mixed: [..., n_query, n_embd]
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, positions=None, out=slice(None)):
@@ -107,8 +109,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, positions=None, out
     """The logits of the token that follows each input: [..., n_seq] ids -> [..., n_seq, n_vocab].
 
     With a cache [n_layer, 2, n_batch, n_head, n_positions, d_head], which is written to, inputs is [n_batch, n_seq], at
-    positions [n_batch or 1, n_seq]. Where not all logits are wanted, out is the slice of the n_seq that get theirs: the
-    last block is spared the others, whose keys and values are all that it needs of them.
+    positions [n_batch or 1, n_seq]. Where not all logits are wanted, out is the slice of the n_seq that get theirs, such
+    as slice(-1, None): the last block is spared the others, whose keys and values are all that it needs of them.
     """
     inputs = np.asarray(inputs)
     positions = np.arange(inputs.shape[-1]) if positions is None else positions
@@ -188,8 +190,9 @@ def prefill(prompts, params, n_head, n_positions):
 
     About 512 tokens go through the model at a time, which bounds the memory; more would be no faster. Prompts are
     padded on the right: a pad comes after every real token, so no real query sees it. To go on with, each row has the
-    last tokens of its prompt, as many as the shortest one has (but no more than fit in a turn), whether they are in the
-    cache already or not: so the next token is due in all rows at once.
+    last tokens of its prompt, as many as the shortest one has (but no more than fit in a turn): of prompts of 3 and 5
+    tokens the last three each, though the cache has two of the three of the first. So the next token is due in all rows
+    at once.
     """
     lengths, n_embd = np.array([[len(prompt)] for prompt in prompts]), params["wpe"].shape[1]  # [n_batch, 1]
     n_batch, n_seq, step = len(prompts), lengths.max(), max(1, 512 // len(prompts))

@@ -1,4 +1,4 @@
-"""Getting a model: its files are downloaded, checked, and handed back as encoder, hparams and params.
+"""Getting a model: its files are downloaded, checked, and handed back as encoder, hparams and params. Running a command.
 
 A fault on the way (a dropped connection, a full disk, a damaged file, an end by force) leaves nothing behind that the
 next run would believe. ValueError and OSError carry one line that says what to do; run() prints it.
@@ -332,43 +332,44 @@ def load_encoder_hparams_and_params(model_size, models_dir):
 def arguments(args, function):
     """What a command line gives a function: its prompts and {flag: value}, as they were typed.
 
-    Status 2: a flag that the function lacks, or a value is missing. fire would take "1,2" for a tuple and "-" for
-    itself, would mind a mistyped flag only when the function has run, and takes 40 ms and 7 MB: it writes the help.
+    A mistake is one line and status 2. fire, which writes the help, is not asked for more: it would take "1,2" for a
+    tuple and "-" for itself, mind a mistyped flag only when the function has run, and cost each start 40 ms and 7 MB.
     """
     signature, prompts, options, rest = inspect.signature(function), [], {}, list(args)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
     names, switches = [p.name for p in parameters], [p.name for p in parameters if p.default is False]
     letters = [name[0] for name in names]
     flags = {name[0]: name for name in names if letters.count(name[0]) == 1} | {name: name for name in names}
-
     is_flag = re.compile("--|-[a-zA-Z]").match
     try:
         while rest:
             arg = rest.pop(0)
-            key, equals, value = arg.lstrip("-").partition("=")
-            name = flags.get(key.replace("-", "_"))
             if not is_flag(arg):
                 prompts.append(arg)
-            elif key in ("h", "help"):
+                continue
+            key, equals, value = arg.lstrip("-").partition("=")
+            if key in ("h", "help"):
                 import fire
 
                 fire.Fire(function, ["--", "--help"])  # ends here
-            elif not name:
+            name = flags.get(key.replace("-", "_"))
+            if not name:
                 known = " --".join(names)
                 raise TypeError(f"no flag {arg}; there are --{known} (a prompt with a dash: --prompt={arg!r})")
-            elif equals:
-                options[name] = value
-            elif name in switches and rest and rest[0].lower() in ("true", "false"):
-                raise TypeError(f"write {arg}={rest[0]}")
-            elif name in switches:
-                options[name] = "true"
-            elif rest and not is_flag(rest[0]):
-                options[name] = rest.pop(0)
-            else:
-                raise TypeError(f"{arg} needs a value; one that begins with a dash: {arg}=…")
+            if name in options:
+                raise TypeError(f"--{name} is there twice")
+            if name in switches and not equals:
+                value = "true"
+                if rest and rest[0].lower() in ("true", "false"):
+                    raise TypeError(f"write {arg}={rest[0]}")
+            elif not equals:
+                if not rest or is_flag(rest[0]):
+                    raise TypeError(f"{arg} needs a value; one that begins with a dash: {arg}=…")
+                value = rest.pop(0)
+            options[name] = value
         signature.bind(*prompts, **options)
     except TypeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     return prompts, options
 
@@ -377,6 +378,7 @@ def run(function):
     """Run a function as a command: a mistake is one line and status 1, and the end is quiet when nobody reads on."""
     while os.open(os.devnull, os.O_RDWR) < 3:  # standard streams that the shell has closed (>&-)
         pass
+    sys.stdin = sys.stdin or os.fdopen(0)
     sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
     try:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another

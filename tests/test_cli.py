@@ -271,6 +271,7 @@ def test_help_tells_every_flag_its_meaning_and_its_default():
         ["hi", "-t", "0.8"],  # temperature, top_k or top_p?
         ["hi", "-m=2M"],
         ["-hello"],
+        ["--hel\nlo"],
         ["--"],
         ["hi", "--seed"],
         ["--seed", "--json", "hi"],
@@ -281,7 +282,7 @@ def test_a_mistyped_flag_is_refused_at_once(tmp_path, args):
     result = run(*args, "--models_dir", tmp_path / "models", env=NOWHERE)  # 124M, which would be downloaded
     assert (result.returncode, result.stdout, os.listdir(tmp_path)) == (2, "", [])
     [line] = result.stderr.splitlines()
-    assert line.startswith("error: ") and next(arg for arg in args if arg.startswith("-")) in line
+    assert line.startswith("error: ") and next(" ".join(arg.split()) for arg in args if arg[0] == "-") in line
     assert "needs a value" in line or all(f"--{flag.name}" in line for flag in FLAGS)
 
 
@@ -290,6 +291,15 @@ def test_pico_takes_one_prompt(args):
     result = run(*args, script="gpt2_pico.py")
     assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
     assert result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "args", [["--prompt=a", "--prompt=b"], ["-n", "3", "hi", "--n-tokens-to-generate=3"]], ids=" ".join
+)
+def test_a_flag_may_be_there_once(args):
+    result = run(*args, *SMALL)
+    name = args[-1].split("=")[0].replace("-", "_").replace("__", "--")
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"error: {name} is there twice\n")
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--json", "false"), ("-j", "True")])
@@ -355,7 +365,7 @@ def test_exactly_the_context_length_works():
     ],
 )
 def test_bad_input_of_pico(args, words):
-    line = error_of(run(*SMALL, *args, script="gpt2_pico.py"))
+    line = error_of(run(*args, *SMALL[: 0 if "--model_size" in args else 2], script="gpt2_pico.py"))
     assert all(word in line for word in words)
 
 
@@ -602,6 +612,13 @@ def test_closed_streams(closed, text):
     command = f"'{sys.executable}' gpt2.py Once {' '.join(map(str, SMALL))} -n 2 {closed}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == (text, "")
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", ">&-", "<&- >&- 2>&-"])
+def test_help_with_closed_streams(closed):
+    command = f"'{sys.executable}' gpt2.py --help {closed}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ("--seed" in done.stderr) == ("2>" not in closed) and "Traceback" not in done.stderr
 
 
 def test_json_where_the_output_is_ascii():
