@@ -143,6 +143,12 @@ def test_function_is_its_formula(module, name, x):
     np.testing.assert_allclose(result, on_rows(lambda part: formula(part, **others), n_axes, x), rtol=1e-4, atol=1e-4)
 
 
+def test_gelu_to_the_last_digits(module):
+    """Also far from 0, where it is 0 or x."""
+    x = np.array([*np.linspace(-8, 8, 1001), -1e4, 1e4], np.float32)
+    np.testing.assert_allclose(module.gelu(x), [plain_gelu(value) for value in x.tolist()], rtol=1e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"eps": 1e-3}], ids=str)
 def test_layer_norm_eps(module, kwargs):
     """eps keeps a row without variance finite, and counts where variance is small."""
