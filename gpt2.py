@@ -89,9 +89,8 @@ def mha(x, c_attn, c_proj, n_head, cache=None, positions=None, out=slice(None)):
         each = [slice(i, i + 1) for i in range(n_head)]
         heads = np.concatenate([attention(q[:, i], k[:, i], v[:, i], mask) for i in each], axis=1)
     heads = heads.swapaxes(-2, -3)  # [..., n_query, n_head, d_head]
-    return linear(
-        heads.reshape(*heads.shape[:-2], x.shape[-1]), **c_proj
-    )  # side by side, and mixed: [..., n_query, n_embd]
+    heads = heads.reshape(*heads.shape[:-2], x.shape[-1])  # side by side: [..., n_query, n_embd]
+    return linear(heads, **c_proj)  # and mixed: [..., n_query, n_embd]
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, positions=None, out=slice(None)):
