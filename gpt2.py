@@ -66,12 +66,12 @@ def attention(q, k, v, mask):
     return weights @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
 
 
-def mha(x, c_attn, c_proj, n_head, cache=None, positions=None, out=slice(None)):
+def mha(x, c_attn, c_proj, n_head, cache=None, positions=None, wanted=slice(None)):
     """Multi-head attention: n_head attentions side by side, each in d_head of the n_embd dimensions.
 
     The one rule of the mask: a query at position p sees the keys at positions <= p. Where the mask is -inf the softmax
     is exactly 0. This layer's cache, [2, n_batch, n_head, n_positions, d_head], has the keys and values so far. All of
-    x give keys and values; x[..., out, :] alone make queries.
+    x give keys and values; x[..., wanted, :] alone make queries.
     """
     positions = np.arange(x.shape[-2]) if positions is None else positions  # [n_seq], or [n_batch or 1, n_seq]
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
@@ -80,7 +80,7 @@ def mha(x, c_attn, c_proj, n_head, cache=None, positions=None, out=slice(None)):
         # Row b is written at its own positions. (The axes of the two index arrays come first: [n_batch, n_seq, ...].)
         cache[:, np.arange(len(x))[:, None], :, positions] = qkv[..., 1:, :, :]
         k, v = cache[..., : positions.max() + 1, :]  # twice [n_batch, n_head, n_key, d_head]
-    q, positions = q[..., out, :], positions[..., out]  # n_query of the n_seq
+    q, positions = q[..., wanted, :], positions[..., wanted]  # n_query of the n_seq
     seen = np.arange(k.shape[-2]) <= positions[..., None, :, None]  # [..., 1, n_query, n_key]
     mask = np.where(seen, np.float32(0), np.float32(-np.inf))
     if cache is None or q.shape[-2] == 1:
@@ -93,31 +93,31 @@ def mha(x, c_attn, c_proj, n_head, cache=None, positions=None, out=slice(None)):
     return linear(heads, **c_proj)  # and mixed: [..., n_query, n_embd]
 
 
-def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, positions=None, out=slice(None)):
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, positions=None, wanted=slice(None)):
     """Attention moves information between positions, ffn works at each. Both add to x instead of replacing it.
 
     The norms come before them (pre-norm), not after as in the first transformer: so x itself passes through untouched,
     which lets deep models train.
     """
-    mixed = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, cache=cache, positions=positions, out=out)
-    x = x[..., out, :] + mixed  # [..., n_query, n_embd]
+    mixed = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, cache=cache, positions=positions, wanted=wanted)
+    x = x[..., wanted, :] + mixed  # [..., n_query, n_embd]
     return x + ffn(layer_norm(x, **ln_2), **mlp)  # [..., n_query, n_embd]
 
 
-def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, positions=None, out=slice(None)):
+def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, positions=None, wanted=slice(None)):
     """The logits of the token that follows each input: [..., n_seq] ids -> [..., n_seq, n_vocab].
 
     With a cache [n_layer, 2, n_batch, n_head, n_positions, d_head], which is written to, inputs is [n_batch, n_seq], at
-    positions [n_batch or 1, n_seq]. Where not all logits are wanted, out is the slice of the n_seq that get theirs, such
-    as slice(-1, None): the last block is spared the others, whose keys and values are all that it needs of them.
+    positions [n_batch or 1, n_seq]. Only the wanted ones of the n_seq get their logits, slice(-1, None) the last: the
+    final block is spared the others, whose keys and values are all that it needs of them.
     """
     inputs = np.asarray(inputs)
     positions = np.arange(inputs.shape[-1]) if positions is None else positions
     x = wte[inputs] + wpe[positions]  # what the token is, and where it is: [..., n_seq, n_embd]
     for i, block in enumerate(blocks):
         kv = None if cache is None else cache[i]
-        wanted = out if i == len(blocks) - 1 else slice(None)  # each block needs the whole of the one before
-        x = transformer_block(x, **block, n_head=n_head, cache=kv, positions=positions, out=wanted)
+        here = wanted if i == len(blocks) - 1 else slice(None)  # each block needs the whole of the one before
+        x = transformer_block(x, **block, n_head=n_head, cache=kv, positions=positions, wanted=here)
     return linear(layer_norm(x, **ln_f), wte.T, 0)  # tied embeddings: a token is likely where x resembles it
 
 
@@ -199,9 +199,9 @@ def prefill(prompts, params, n_head, n_positions):
     tokens = np.array([prompt + [0] * (n_seq - len(prompt)) for prompt in prompts])  # [n_batch, n_seq]
     np.empty(8_000_000, np.float32)  # freed at once: now glibc keeps freed arrays for reuse, which saves up to a sixth
     n_last = min(step, lengths.min())
-    for start in range(0, n_seq - n_last, step):
-        positions = np.arange(start, min(start + step, n_seq - n_last))[None]  # [1, n_query]
-        gpt2(tokens[:, positions[0]], **params, n_head=n_head, cache=cache, positions=positions, out=slice(0))
+    for start in range(0, n_seq - n_last, step):  # for the cache: no logits are wanted
+        positions = np.arange(start, min(start + step, n_seq - n_last))[None]  # [1, up to step]
+        gpt2(tokens[:, positions[0]], **params, n_head=n_head, cache=cache, positions=positions, wanted=slice(0))
     positions = lengths + np.arange(-n_last, 0)  # [n_batch, n_last]
     return cache, np.take_along_axis(tokens, positions, axis=1), positions
 
@@ -234,7 +234,7 @@ def generate(
     for _ in range(n_new):
         # First the last tokens of the prompts, then (a decode step) the latest token of each row. Each row is at its
         # own positions, where it replaces in the cache what a pad may have left.
-        logits = gpt2(ids, **params, n_head=n_head, cache=cache, positions=positions, out=slice(-1, None))
+        logits = gpt2(ids, **params, n_head=n_head, cache=cache, positions=positions, wanted=slice(-1, None))
         chosen = choose(logits[:, 0], streams, *sampling)  # [n_batch, 1, n_vocab] -> [n_batch]
         growing = [row for row in growing if chosen[row] != stop_id]
         for row in growing:

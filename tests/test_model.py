@@ -335,20 +335,20 @@ def test_call_with_a_cache(module):
         np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-3, strict=True)
 
 
-@pytest.mark.parametrize("out", [slice(-1, None), slice(0), slice(1, 3), slice(0, 6, 2)], ids=str)
-def test_the_logits_that_are_wanted(out):
+@pytest.mark.parametrize("wanted", [slice(-1, None), slice(0), slice(1, 3), slice(0, 6, 2)], ids=str)
+def test_the_logits_that_are_wanted(wanted):
     """They are those of all, and the cache is the same afterwards; so it is without one, for one sequence and several."""
     params, ids = random_params(), np.array(random_ids(2, 6))
     size = HPARAMS["n_layer"], 2, 2, N_HEAD, 6, HPARAMS["n_embd"] // N_HEAD
     caches, positions = np.zeros((2, *size), np.float32), np.arange(6)[None]
     logits = gpt2.gpt2(ids, **params, n_head=N_HEAD, cache=caches[0], positions=positions)
-    some = gpt2.gpt2(ids, **params, n_head=N_HEAD, cache=caches[1], positions=positions, out=out)
-    np.testing.assert_allclose(some, logits[:, out], rtol=0, atol=1e-3, strict=True)
+    some = gpt2.gpt2(ids, **params, n_head=N_HEAD, cache=caches[1], positions=positions, wanted=wanted)
+    np.testing.assert_allclose(some, logits[:, wanted], rtol=0, atol=1e-3, strict=True)
     np.testing.assert_allclose(caches[1], caches[0], rtol=0, atol=1e-4)
     for inputs in ids, ids[0]:
         all_of_them = gpt2.gpt2(inputs, **params, n_head=N_HEAD)
-        some = gpt2.gpt2(inputs, **params, n_head=N_HEAD, out=out)
-        np.testing.assert_allclose(some, all_of_them[..., out, :], rtol=0, atol=1e-3, strict=True)
+        some = gpt2.gpt2(inputs, **params, n_head=N_HEAD, wanted=wanted)
+        np.testing.assert_allclose(some, all_of_them[..., wanted, :], rtol=0, atol=1e-3, strict=True)
 
 
 def test_ragged_batch(module, model, monkeypatch):
