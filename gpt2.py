@@ -1,400 +1,281 @@
-"""GPT-2 in NumPy, to be read from top to bottom: the model, sampling and generation, the command line.
+"""GPT-2 in plain NumPy: the model, generation, the command line. Read it from top to bottom.
 
-The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), as OpenAI published
-it: src/model.py of https://github.com/openai/gpt-2. The names of arguments are the names in its checkpoints.
+The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), after OpenAI's code,
+https://github.com/openai/gpt-2. A token is a piece of text, about four letters; its id is its number in the vocabulary.
+Given ids, the model returns logits: at each position one score for every token that could come next.
 
-Shapes stand at the ends of lines; "..." is any axes before, mostly none or [n_batch]. In the released 124M model
-n_vocab = 50257, n_ctx = 1024 (the context length), n_embd = 768, n_head = 12, d_head = n_embd / n_head = 64.
+Shapes stand at the end of a line; "..." is nothing or a batch axis. In the smallest released model, 124M: n_vocab = 50257
+tokens, n_ctx = 1024 positions (the context length), n_embd = 768 numbers per token, n_head = 12, d_head = 768 / 12 = 64.
 """
 
-import codecs
-import contextlib
 import itertools
-import math
-import os
-import re
+import json
 import sys
-from json import dumps
 
 import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
-# Array functions only, so that JAX's NumPy can take NumPy's place. The KV cache alone is assigned to by index.
+# Array functions only: put jax.numpy in the place of np, and the model compiles and differentiates.
 
 
 def gelu(x):
-    """Gaussian error linear unit, a ReLU with a soft bend (Hendrycks & Gimpel, 2016), by its tanh approximation.
-
-    The argument of tanh is sqrt(2 / pi) * (x + 0.044715 x**3) in the paper; x**3 is far slower than products.
-    """
-    c = math.sqrt(2 / math.pi)
-    return 0.5 * x * (1 + np.tanh(x * (c + c * 0.044715 * (x * x))))
+    """A ReLU with a soft bend (Hendrycks & Gimpel, 2016), in the tanh approximation that GPT-2 was trained with."""
+    return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * (x * x * x))))  # x**3 would be far slower
 
 
 def softmax(x):
-    """Probabilities from logits, along the last axis. Subtracting the maximum only prevents overflow."""
-    exp_x = np.exp(x - x.max(-1, keepdims=True))
-    exp_x /= exp_x.sum(-1, keepdims=True)  # in place: the matrices of attention are large
-    return exp_x
+    """Turn scores into probabilities that add up to 1, along the last axis."""
+    exp_x = np.exp(x - x.max(-1, keepdims=True))  # subtracting the maximum changes no result, but prevents overflow
+    return exp_x / exp_x.sum(-1, keepdims=True)
 
 
 def layer_norm(x, g, b, eps=1e-5):
-    """Mean 0 and variance 1 along the last axis, then a learned scale g and offset b (Ba et al., 2016)."""
-    x = x - x.sum(-1, keepdims=True) / x.shape[-1]  # for a single row twice as fast as mean()
+    """Bring each row to mean 0 and variance 1, then scale it by g (gain) and shift it by b (bias)."""
+    x = x - x.sum(-1, keepdims=True) / x.shape[-1]  # sum() / n takes half the time of mean()
     variance = (x * x).sum(-1, keepdims=True) / x.shape[-1]  # [..., 1]
     return x / np.sqrt(variance + eps) * g + b
 
 
 def linear(x, w, b):
-    """x w + b. All axes but the last are made one: else NumPy would read w anew for each sequence of a batch."""
-    rows = x.reshape(-1, w.shape[0])  # [n_rows, n_in]
+    """x times the weights w, plus the bias b."""
+    rows = x.reshape(-1, w.shape[0])  # flatten to one matrix, so that NumPy reads w once and not once per sequence
     return (rows @ w + b).reshape(*x.shape[:-1], w.shape[1])  # [..., n_in] @ [n_in, n_out] -> [..., n_out]
 
 
 def ffn(x, c_fc, c_proj):
-    """The feed-forward network: each position is worked on by itself ("Attention Is All You Need", section 3.3)."""
-    return linear(gelu(linear(x, **c_fc)), **c_proj)  # [..., n_seq, n_embd] -> [..., n_seq, 4*n_embd] -> back
+    """The feed-forward network, at each position by itself. c_fc: fully connected layer; c_proj: projection back."""
+    return linear(gelu(linear(x, **c_fc)), **c_proj)  # [..., n_embd] -> [..., 4*n_embd] -> [..., n_embd]
 
 
 def attention(q, k, v, mask):
-    """For each query the mean of the values, weighted by how well their keys match it (the same paper, section 3.2.1).
+    """Let each position gather information from others ("Attention Is All You Need", Vaswani et al., 2017, 3.2.1).
 
-    A sum of d_head random products has a standard deviation of sqrt(d_head); divided by that, it does not saturate the
-    softmax, whatever the size of the model.
+    Each position has a query q (what it looks for), a key k (what it can be found by) and a value v (what it tells). The
+    better a query matches a key, the more of that key's value it takes. The mask is -inf where it must not look, else 0.
     """
-    weights = softmax(q / math.sqrt(q.shape[-1]) @ k.swapaxes(-1, -2) + mask)  # [..., n_query, n_key]
-    return weights @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
+    scores = q @ k.swapaxes(-1, -2)  # [..., n_query, d_head] @ [..., d_head, n_key] -> [..., n_query, n_key]
+    scores = scores / q.shape[-1] ** 0.5  # they grow with sqrt(d_head); undivided, one key would get all the weight
+    return softmax(scores + mask) @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
 
 
-def mha(x, c_attn, c_proj, n_head, cache=None, positions=None, wanted=slice(None)):
-    """Multi-head attention: n_head attentions side by side, each in d_head of the n_embd dimensions.
+def causal_mask(query_positions, key_positions):
+    """The one rule: a query at position p sees the keys at positions <= p. [..., n_query] and [n_key] -> the mask."""
+    queries = np.expand_dims(query_positions, (-3, -1))  # [..., 1, n_query, 1]; the first 1 stands for every head
+    return np.where(key_positions <= queries, np.float32(0), np.float32(-np.inf))  # [..., 1, n_query, n_key]
 
-    The one rule of the mask: a query at position p sees the keys at positions <= p. Where the mask is -inf the softmax
-    is exactly 0. This layer's cache, [2, n_batch, n_head, n_positions, d_head], has the keys and values so far. All of
-    x give keys and values; x[..., wanted, :] alone make queries.
+
+def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
+    """Multi-head attention: n_head attentions side by side, each with its own d_head of the n_embd numbers.
+
+    c_attn makes q, k and v for attention; c_proj mixes what the heads bring. cache and start: see "The KV cache".
     """
-    positions = np.arange(x.shape[-2]) if positions is None else positions  # [n_seq], or [n_batch or 1, n_seq]
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
-    q, k, v = (qkv[..., i, :, :].swapaxes(-3, -2) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
+    q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
     if cache is not None:
-        # Row b is written at its own positions. (The axes of the two index arrays come first: [n_batch, n_seq, ...].)
-        cache[:, np.arange(len(x))[:, None], :, positions] = qkv[..., 1:, :, :]
-        k, v = cache[..., : positions.max() + 1, :]  # twice [n_batch, n_head, n_key, d_head]
-    q, positions = q[..., wanted, :], positions[..., wanted]  # n_query of the n_seq
-    seen = np.arange(k.shape[-2]) <= positions[..., None, :, None]  # [..., 1, n_query, n_key]
-    mask = np.where(seen, np.float32(0), np.float32(-np.inf))
-    if cache is None or q.shape[-2] == 1:
-        heads = attention(q, k, v, mask)  # [..., n_head, n_query, d_head]
-    else:  # prefill is up to a tenth faster head by head: the scores of one stay in the processor's own cache
-        each = [slice(i, i + 1) for i in range(n_head)]
-        heads = np.concatenate([attention(q[:, i], k[:, i], v[:, i], mask) for i in each], axis=1)
-    heads = heads.swapaxes(-2, -3)  # [..., n_query, n_head, d_head]
-    heads = heads.reshape(*heads.shape[:-2], x.shape[-1])  # side by side: [..., n_query, n_embd]
-    return linear(heads, **c_proj)  # and mixed: [..., n_query, n_embd]
+        k, v = extend(cache, k, v, start)  # all keys and values so far, not only the new ones
+    query_positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq], with a cache [n_batch, n_seq]
+    mask = causal_mask(query_positions, np.arange(k.shape[-2]))  # [..., 1, n_seq, n_key]
+    heads = attention(q, k, v, mask).swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
+    return linear(heads.reshape(x.shape), **c_proj)  # [..., n_seq, n_embd]
 
 
-def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, positions=None, wanted=slice(None)):
-    """Attention moves information between positions, ffn works at each. Both add to x instead of replacing it.
-
-    The norms come before them (pre-norm), not after as in the first transformer: so x itself passes through untouched,
-    which lets deep models train.
-    """
-    mixed = mha(layer_norm(x, **ln_1), **attn, n_head=n_head, cache=cache, positions=positions, wanted=wanted)
-    x = x[..., wanted, :] + mixed  # [..., n_query, n_embd]
-    return x + ffn(layer_norm(x, **ln_2), **mlp)  # [..., n_query, n_embd]
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, start=0):
+    """Attention moves information between positions, ffn works on it. Each adds to x instead of replacing it."""
+    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, cache=cache, start=start)  # [..., n_seq, n_embd]
+    return x + ffn(layer_norm(x, **ln_2), **mlp)  # [..., n_seq, n_embd]
 
 
-def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, positions=None, wanted=slice(None)):
-    """The logits of the token that follows each input: [..., n_seq] ids -> [..., n_seq, n_vocab].
+def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
+    """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
-    With a cache [n_layer, 2, n_batch, n_head, n_positions, d_head], which is written to, inputs is [n_batch, n_seq], at
-    positions [n_batch or 1, n_seq]. Only the wanted ones of the n_seq get their logits, slice(-1, None) the last: the
-    final block is spared the others, whose keys and values are all that it needs of them.
+    wte: word token embedding, [n_vocab, n_embd]; wpe: word position embedding, [n_ctx, n_embd].
+    With a cache: ids [n_batch, n_seq] -> [n_batch, n_vocab], the logits at the last position of each row only.
     """
     inputs = np.asarray(inputs)
-    positions = np.arange(inputs.shape[-1]) if positions is None else positions
+    positions = np.expand_dims(start, -1) + np.arange(inputs.shape[-1])  # [n_seq], with a cache [n_batch, n_seq]
     x = wte[inputs] + wpe[positions]  # what the token is, and where it is: [..., n_seq, n_embd]
     for i, block in enumerate(blocks):
-        kv = None if cache is None else cache[i]
-        here = wanted if i == len(blocks) - 1 else slice(None)  # each block needs the whole of the one before
-        x = transformer_block(x, **block, n_head=n_head, cache=kv, positions=positions, wanted=here)
-    return linear(layer_norm(x, **ln_f), wte.T, 0)  # tied embeddings: a token is likely where x resembles it
+        x = transformer_block(x, **block, n_head=n_head, cache=None if cache is None else cache[i], start=start)
+    if cache is not None:
+        x = x[:, -1]  # the next token comes from the last position; the others' logits would be a third of the work
+    return layer_norm(x, **ln_f) @ wte.T  # the same matrix reads tokens in and scores them on the way out
+
+
+# ---- The KV cache ---------------------------------------------------------------------------------------------------
+# The keys and values of a position depend only on the tokens up to it, so they stay the same while the text grows. They
+# are kept: a new token then costs one query, and not one for each token of the text. The whole cache is an array
+# [n_layer, 2 (keys, values), n_batch, n_head, n_positions, d_head]; start[b] is the position of the first id in row b.
+
+
+def extend(cache, k, v, start):
+    """Write the k and v of new tokens, each [n_batch, n_head, n_seq, d_head], into a block's cache; return all so far."""
+    n_seq = k.shape[-2]
+    for b, first in enumerate(start):  # each row has positions of its own
+        cache[:, b, :, first : first + n_seq] = k[b], v[b]  # [2, n_head, n_seq, d_head]
+    return cache[:, :, :, : max(start) + n_seq]  # [2, n_batch, n_head, n_key, d_head]
 
 
 # ---- Sampling and generation ----------------------------------------------------------------------------------------
 
-OPTIONS = {  # how to read it, what it must be, how to say that
-    "n_tokens_to_generate": (int, lambda n: n >= 1, "a whole number from 1 up"),
-    "batch_size": (int, lambda n: n >= 1, "a whole number from 1 up"),
-    "temperature": (float, lambda t: 0 <= t < math.inf, "a number from 0 up"),
-    "top_k": (int, lambda k: k >= 0, "a whole number from 0 up"),
-    "top_p": (float, lambda p: 0 < p <= 1, "a number above 0 and up to 1"),
-    "seed": (int, lambda s: s >= 0, "a whole number from 0 up"),
-}
 
+def sample_probs(logits, temperature=None, top_k=None, top_p=None):
+    """The probabilities to draw the next token from, in float64: [..., n_vocab] -> [..., n_vocab].
 
-def checked(**options):
-    """The options as a list of numbers; those from the command line are text. ValueError: one makes no sense."""
-    for name, value in options.items():
-        if value is None and name in ("temperature", "top_k", "top_p", "seed"):
-            continue  # not given
-        kind, valid, wanted = OPTIONS[name]
-        try:
-            options[name] = kind(value)
-            if not valid(options[name]) or (not isinstance(value, str) and options[name] != value):  # int(2.5) != 2.5
-                raise ValueError
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{name} must be {wanted}, not {value!r}") from None
-    return list(options.values())
-
-
-def sample_probs(logits, temperature=1.0, top_k=None, top_p=None):
-    """The probabilities to sample from, in float64: [..., n_vocab] -> [..., n_vocab]. ValueError: as in checked().
-
-    First the temperature, which sharpens below 1 and flattens above; then only the top_k most probable tokens (and
-    those equal to the last of them); then only the smallest set of the most probable that together reach top_p (the
-    nucleus; Holtzman et al., 2020).
+    A temperature below 1 favours probable tokens, above 1 improbable ones. top_k then keeps the k most probable tokens,
+    top_p the fewest that together have at least probability p (the nucleus; Holtzman et al., 2020). Tokens that are as
+    probable as the last one kept are kept too.
     """
-    temperature, top_k, top_p = checked(temperature=temperature, top_k=top_k, top_p=top_p)
+    temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
     logits = np.asarray(logits, np.float64)
-    temperature = 1.0 if temperature is None else max(temperature, 1e-300)  # 0: the limit, all on the maximum
     logits = (logits - logits.max(-1, keepdims=True)) / temperature
-    n_vocab = logits.shape[-1]
-    if top_k and top_k < n_vocab:
-        logits = np.where(logits < np.partition(logits, -top_k)[..., -top_k, None], -np.inf, logits)
+    if top_k and top_k < logits.shape[-1]:
+        kth_highest = np.sort(logits)[..., -top_k, None]  # [..., 1]
+        logits = np.where(logits < kth_highest, -np.inf, logits)
     probs = softmax(logits)
     if top_p and top_p < 1:
-        # All tokens below (1 - top_p) / n_vocab add up to less than 1 - top_p: only the n others need to be sorted.
-        n = (probs >= (1 - top_p) / n_vocab).sum(-1).max()
-        ids = np.sort(np.argpartition(-probs, n - 1)[..., :n])  # [..., n], sorted so that of equals the first stays
-        ids = np.take_along_axis(ids, np.argsort(-np.take_along_axis(probs, ids, -1), kind="stable"), -1)
-        nucleus = np.take_along_axis(probs, ids, -1)  # [..., n], falling
-        nucleus[nucleus.cumsum(-1) - nucleus >= top_p] = 0  # the more probable ones suffice
-        probs = np.zeros_like(probs)
-        np.put_along_axis(probs, ids, nucleus / nucleus.sum(-1, keepdims=True), -1)
+        falling = np.sort(probs)[..., ::-1]
+        sum_before = falling.cumsum(-1) - falling  # of the more probable tokens
+        last = np.where(sum_before < top_p, falling, 1).min(-1, keepdims=True)  # [..., 1]
+        probs = np.where(probs < last, 0, probs)
+        probs = probs / probs.sum(-1, keepdims=True)
     return probs
 
 
-def choose(logits, streams, temperature, top_k, top_p):
-    """The next token of each row, [n_batch, n_vocab] -> [n_batch]: drawn from its stream; greedy if there is none."""
-    if not streams:
-        return logits.argmax(-1)
-    cdf = sample_probs(logits, temperature, top_k, top_p).cumsum(-1)
-    drawn = np.array([[stream.random()] for stream in streams])  # [n_batch, 1]
-    return (cdf <= drawn * cdf[:, -1:]).sum(-1)  # the first token whose cumulative probability exceeds what was drawn
+def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, stop_id=None,
+                   temperature=None, top_k=None, top_p=None, seed=None):  # fmt: skip
+    """Yield the next id of every prompt, [n_batch], step by step. Raises ValueError for a prompt that does not fit.
 
-
-def prefill(prompts, params, n_head, n_positions):
-    """A cache with room for n_positions, and ids and positions [n_batch, n_last] of the tokens to go on with.
-
-    About 512 tokens go through the model at a time, which bounds the memory; more would be no faster. Prompts are
-    padded on the right: a pad comes after every real token, so no real query sees it. To go on with, each row has the
-    last tokens of its prompt, as many as the shortest one has (but no more than fit in a turn): of prompts of 3 and 5
-    tokens the last three each, though the cache has two of the three of the first. So the next token is due in all rows
-    at once.
+    Greedy, that is always the highest logit, if temperature is 0 or none of temperature, top_k, top_p and seed is given.
+    Otherwise row b draws from a random stream of its own, made from seed and first_row + b, so neighbours do not matter.
     """
-    lengths, n_embd = np.array([[len(prompt)] for prompt in prompts]), params["wpe"].shape[1]  # [n_batch, 1]
-    n_batch, n_seq, step = len(prompts), lengths.max(), max(1, 512 // len(prompts))
+    (n_vocab, n_embd), n_ctx, n_batch = params["wte"].shape, len(params["wpe"]), len(prompts)
+    lengths, most = [len(prompt) for prompt in prompts], n_ctx - n_tokens_to_generate
+    for number, prompt in enumerate(prompts, first_row + 1):
+        if len(prompt) == 0 or min(prompt) < 0 or max(prompt) >= n_vocab:
+            raise ValueError(f"prompt {number} must have at least one id, and only ids from 0 to {n_vocab - 1}")
+        if len(prompt) > most:
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens; with {n_tokens_to_generate} to generate, at most "
+                             f"{most} fit into the context length of {n_ctx}")  # fmt: skip
+    greedy = temperature == 0 or [temperature, top_k, top_p, seed] == [None] * 4
+    seeds = [None if seed is None else [seed, first_row + b] for b in range(n_batch)]
+    streams = [] if greedy else [np.random.default_rng(row_seed) for row_seed in seeds]
+    n_positions = max(lengths) + n_tokens_to_generate
     cache = np.zeros((len(params["blocks"]), 2, n_batch, n_head, n_positions, n_embd // n_head), np.float32)
-    tokens = np.array([prompt + [0] * (n_seq - len(prompt)) for prompt in prompts])  # [n_batch, n_seq]
-    np.empty(8_000_000, np.float32)  # freed at once: now glibc keeps freed arrays for reuse, which saves up to a sixth
-    n_last = min(step, lengths.min())
-    for start in range(0, n_seq - n_last, step):  # for the cache: no logits are wanted
-        positions = np.arange(start, min(start + step, n_seq - n_last))[None]  # [1, up to step]
-        gpt2(tokens[:, positions[0]], **params, n_head=n_head, cache=cache, positions=positions, wanted=slice(0))
-    positions = lengths + np.arange(-n_last, 0)  # [n_batch, n_last]
-    return cache, np.take_along_axis(tokens, positions, axis=1), positions
+    model = {**params, "n_head": n_head, "cache": cache}
+
+    # Prefill: the prompts go through the model, about 256 tokens at a time to bound the memory. Shorter ones are padded on
+    # the right: a pad comes after every real token of its row, so none of them sees it, and new tokens overwrite it. The
+    # last pass takes as many tokens as every prompt has, its last ones: so all rows are ready for a new token together.
+    # Of prompts of 2 and 9 tokens, first positions 0-6 of both (5 pads in one), then 0-1 of one and 7-8 of the other.
+    piece = max(1, 256 // n_batch)
+    n_last = min(piece, *lengths)
+    padded = np.array([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts])  # [n_batch, longest]
+    for first in range(0, max(lengths) - n_last, piece):
+        end = min(first + piece, max(lengths) - n_last)
+        gpt2(padded[:, first:end], **model, start=[first] * n_batch)
+    inputs = np.array([prompt[-n_last:] for prompt in prompts])  # [n_batch, n_last]
+    start = [length - n_last for length in lengths]
+
+    ended = np.zeros(n_batch, bool)
+    for _ in range(n_tokens_to_generate):
+        logits = gpt2(inputs, **model, start=start)  # [n_batch, n_vocab]
+        if greedy:
+            ids = logits.argmax(-1)  # [n_batch]
+        else:
+            probs = sample_probs(logits, temperature, top_k, top_p)
+            ids = np.array([stream.choice(n_vocab, p=row) for stream, row in zip(streams, probs)])
+        yield ids
+        ended |= ids == stop_id
+        if ended.all():  # until then a row that has ended is computed along, and its further ids mean nothing
+            return
+        start = [first + inputs.shape[1] for first in start]
+        inputs = ids[:, None]  # decode: from now on one token for each row, [n_batch, 1]
 
 
-def generate(
-    inputs, params, n_head, n_tokens_to_generate, temperature=None, top_k=None, top_p=None, seed=None,
-    first_row=0, stop_id=None, on_token=None,
-):  # fmt: skip
-    """The ids that follow a prompt's ids; a list of lists for a list of prompts, which are decoded together.
-
-    Greedy where temperature is 0 or none of temperature, top_k and top_p is given. Row b draws from its own random
-    stream, made from seed and the place of its prompt, first_row + b. A row ends before stop_id; on_token(row, id) is
-    called for each id.
-    ValueError: an option makes no sense, an id is not in the vocabulary, a prompt is empty or over the context length.
-    """
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    n_new, *sampling, seed = checked(n_tokens_to_generate=n_tokens_to_generate, **options)
-    single = len(inputs) == 0 or np.ndim(inputs[0]) == 0
-    prompts = [list(prompt) for prompt in ([inputs] if single else inputs)]
-    lengths, n_ctx, n_vocab = [len(prompt) for prompt in prompts], len(params["wpe"]), len(params["wte"])
-    if not all(prompts) or not all(0 <= id < n_vocab for prompt in prompts for id in prompt):
-        raise ValueError(f"a prompt is one id or more, each from 0 to {n_vocab - 1}")
-    if max(lengths) + n_new > n_ctx:
-        raise ValueError(f"{max(lengths)} tokens of prompt and {n_new} to generate: the context length is {n_ctx}")
-    seeds = [None if seed is None else [seed, first_row + row] for row in range(len(prompts))]
-    greedy = sampling[0] == 0 or sampling == [None, None, None]  # temperature, top_k, top_p
-    streams = [] if greedy else [np.random.default_rng(seed) for seed in seeds]  # (np.random is imported when used)
-    cache, ids, positions = prefill(prompts, params, n_head, max(lengths) + n_new)
-    new, growing = [[] for _ in prompts], range(len(prompts))
-    for _ in range(n_new):
-        # First the last tokens of the prompts, then (a decode step) the latest token of each row. Each row is at its
-        # own positions, where it replaces in the cache what a pad may have left.
-        logits = gpt2(ids, **params, n_head=n_head, cache=cache, positions=positions, wanted=slice(-1, None))
-        chosen = choose(logits[:, 0], streams, *sampling)  # [n_batch, 1, n_vocab] -> [n_batch]
-        growing = [row for row in growing if chosen[row] != stop_id]
-        for row in growing:
-            new[row].append(int(chosen[row]))
-            if on_token:
-                on_token(row, new[row][-1])
-        if not growing:
-            break
-        ids, positions = chosen[:, None], positions[:, -1:] + 1  # [n_batch, 1]
-    return new[0] if single else new
+def generate(inputs, params, n_head, n_tokens_to_generate, **options):
+    """The ids that follow a prompt's ids: a list; for a list of prompts a list of lists. options: see generate_steps."""
+    is_batch = any(np.ndim(prompt) for prompt in inputs)
+    steps = generate_steps(inputs if is_batch else [inputs], params, n_head, n_tokens_to_generate, **options)
+    rows = np.stack(list(steps), axis=1).tolist()  # [n_batch, n_tokens_to_generate]
+    return rows if is_batch else rows[0]
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
+# model is (encoder, hparams, params); options are those of generate_steps.
 
 
-def encode(prompt, encoder, n_new, n_ctx):
-    """text -> ids; "" -> the id of <|endoftext|>. ValueError: no valid text, or over the context length."""
-    n_ids = math.ceil(len(prompt) / encoder.longest)  # at least: so megabytes need not be encoded to be refused
-    number = f"at least {n_ids}"
-    if n_ids <= n_ctx:
-        try:
-            ids = encoder.encode(prompt) or [encoder.encoder["<|endoftext|>"]]
-        except UnicodeEncodeError:
-            raise ValueError(f"the prompt {prompt[:40]!r} is not UTF-8 text") from None
-        number = n_ids = len(ids)
-    if n_ids + n_new > n_ctx:
-        limit = f"{number} tokens of prompt and {n_new} to generate, but the context length is {n_ctx}"
-        raise ValueError(f"the prompt {prompt[:40]!r} is too long: {limit}")
-    return ids
+def complete(prompts, model, batch_size, **options):
+    """Yield each prompt with the text that follows it, batch by batch. A prompt is read only when its batch is due."""
+    encoder, hparams, params = model
+    prompts, first_row, end = iter(prompts), 0, encoder.encoder["<|endoftext|>"]
+    while batch := list(itertools.islice(prompts, batch_size)):
+        ids = [encoder.encode(prompt) or [end] for prompt in batch]
+        steps = generate_steps(ids, params, hparams["n_head"], first_row=first_row, stop_id=end, **options)
+        for prompt, row in zip(batch, zip(*steps)):
+            yield prompt, encoder.decode(itertools.takewhile(lambda id: id != end, row))
+        first_row += len(batch)
 
 
-def load(prompts, n_new, model_size, models_dir):
-    """A model (encoder, params, n_head), and the ids of the prompts: they are checked before the weights are loaded."""
-    import utils
-
-    encoder, hparams, tf_ckpt_path = utils.load_encoder_and_hparams(model_size, models_dir)
-    ids = [encode(prompt, encoder, n_new, hparams["n_ctx"]) for prompt in prompts]
-    return (encoder, utils.load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams), hparams["n_head"]), ids
-
-
-def complete(model, ids, options, batch_size=1, first_row=0, on_token=None):
-    """The text that follows each prompt, batch by batch."""
-    encoder, params, n_head = model
-    ends = {"stop_id": encoder.encoder["<|endoftext|>"], "on_token": on_token}
-    for i in range(0, len(ids), batch_size):
-        new = generate(ids[i : i + batch_size], params, n_head, *options, first_row=first_row + i, **ends)
-        yield from map(encoder.decode, new)
+def show(prompt, model, **options):
+    """Print the text that follows a prompt while it is generated."""
+    encoder, hparams, params = model
+    end = encoder.encoder["<|endoftext|>"]
+    steps = generate_steps([encoder.encode(prompt) or [end]], params, hparams["n_head"], stop_id=end, **options)
+    for text in encoder.decode_steps(id for [id] in steps if id != end):
+        print(text, end="", flush=True)
+    print(flush=True)
 
 
-def main(
-    prompt, n_tokens_to_generate=40, model_size="124M", models_dir="models",
-    temperature=None, top_k=None, top_p=None, seed=None, batch_size=32,
-):  # fmt: skip
-    """The text that follows a prompt; a list of texts for a list of prompts.
+def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None, batch_size=32, **sampling):
+    """The text that follows a prompt; a list of texts for a list of prompts. Raises ValueError or OSError."""
+    from utils import check_options, load_encoder_hparams_and_params
 
-    ValueError, OSError: an option or a prompt makes no sense, or the model cannot be had; the message says what to do.
-    """
-    [batch_size] = checked(batch_size=batch_size)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    options = checked(n_tokens_to_generate=n_tokens_to_generate, **sampling)
-    model, ids = load([prompt] if isinstance(prompt, str) else prompt, options[0], model_size, models_dir)
-    texts = list(complete(model, ids, options, batch_size))
+    options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size, **sampling)
+    model = load_encoder_hparams_and_params(model_size, models_dir)
+    texts = [text for _, text in complete([prompt] if isinstance(prompt, str) else prompt, model, **options)]
     return texts[0] if isinstance(prompt, str) else texts
 
 
-def read(path):
-    """The text of a file, or of standard input ("-"), unchanged. ValueError: it is not UTF-8."""
-    try:
-        with open(0 if path == "-" else path, encoding="utf-8", newline="", closefd=path != "-") as f:
-            return f.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from None
+def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to_generate=40, model_size="124M",
+        models_dir: str = None, temperature: float = None, top_k: int = None, top_p: float = None, seed: int = None,
+        batch_size=32):  # fmt: skip
+    """Continue a text with GPT-2.
 
-
-def show(model, ids, options, first_row=0):
-    """Print the text that follows a prompt as it is generated; a character of several tokens, when it is whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def on_token(_, id):
-        print(decoder.decode(model[0].decode_bytes([id])), end="", flush=True)
-
-    try:
-        list(complete(model, [ids], options, first_row=first_row, on_token=on_token))
-    finally:
-        print(decoder.decode(b"", final=True), flush=True)
-
-
-def interact(model, options):
-    """Ask for prompts until Ctrl-D, or Ctrl-C at the prompt; during a generation Ctrl-C ends that alone."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives input() line editing and a history)
-    encoder, params, _ = model
-    for place in itertools.count():
-        try:
-            try:
-                with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):  # it is not text
-                    prompt = input("> ")
-            except (EOFError, KeyboardInterrupt):
-                return print(file=sys.stderr)
-            show(model, encode(prompt, encoder, options[0], len(params["wpe"])), options, first_row=place)
-        except KeyboardInterrupt:
-            continue
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-
-
-def cli(
-    *prompts: str, prompt: str = None, prompts_file: str = None, batch_size=32,  # noqa: RUF013
-    n_tokens_to_generate=40, model_size="124M", models_dir="models",
-    temperature: float = None, top_k: int = None, top_p: float = None, seed: int = None, json=False,  # noqa: RUF013
-):  # fmt: skip
-    """Continue a prompt with GPT-2.
-
-    One prompt: its text, shown as it is generated. Several: "> prompt" and its text for each. None: it asks for prompts
-    again and again, until Ctrl-D; from a pipe it reads one. Each time the most probable token is taken (greedy), unless
-    temperature, top_k or top_p is given: then tokens are drawn at random.
+    One prompt: what follows is shown as it is generated. Several: for each "> prompt", and below it the text. None: it
+    asks for prompts, again and again; input from a pipe is one prompt. Greedy (always the most probable token) unless
+    temperature, top_k, top_p or seed is given: then tokens are drawn at random.
 
     Args:
-        prompts: what the text begins with
-        prompt: the same, for what begins with a dash: --prompt="--like this"
-        prompts_file: a file with one prompt a line; - is standard input
-        batch_size: how many prompts to work on at a time
-        n_tokens_to_generate: the most tokens to generate; one is about four letters
-        model_size: 124M, 355M, 774M, 1558M (downloaded once) or a folder in models_dir, such as 2M
-        models_dir: where the models are
-        temperature: below 1 favours probable tokens, above 1 improbable ones; 0 is greedy
-        top_k: draw from the k most probable tokens; 0 means all
-        top_p: draw from the fewest tokens that have this probability together; 1 means all
-        seed: a whole number; the same one gives the same text again
-        json: print {"prompt": …, "text": …}, one a line
+        prompts: beginnings of texts
+        prompt: one more, which may begin with a dash: --prompt="--like this"
+        prompts_file: a file with one prompt a line, or - for standard input; writes {"prompt": ..., "text": ...} lines
+        n_tokens_to_generate: how many tokens to generate at most; one is about four letters
+        model_size: 124M, 355M, 774M or 1558M (downloaded once), or any folder in models_dir, such as 2M
+        models_dir: the folder with the models; None: the folder "models" beside gpt2.py
+        temperature: below 1 favours probable tokens, above 1 improbable ones; 0: greedy; None: 1
+        top_k: draw from the k most probable tokens; None or 0: from all
+        top_p: draw from the fewest tokens that together have this probability; None or 1: from all
+        seed: a whole number; the same one gives the same text again; None: another text each time
+        batch_size: how many prompts to work on together
     """
-    [batch_size] = checked(batch_size=batch_size)
+    from utils import ask, check_options, load_encoder_hparams_and_params, read_prompts
+
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    options = checked(n_tokens_to_generate=n_tokens_to_generate, **sampling)
-    prompts = [*prompts, *([] if prompt is None else [prompt])]
-    if prompts and prompts_file is not None:
-        raise ValueError("give prompts or --prompts_file, not both")
-    if prompts_file is not None:
-        lines = re.split("\r?\n", read(prompts_file))
-        prompts = lines if lines[-1] else lines[:-1]  # a newline ends the last one too
-    elif not prompts and not os.isatty(0):
-        prompts = [re.sub(r"\r?\n\Z", "", read("-"))]
-    as_json = str(json).lower() == "true"
-    if not as_json and str(json).lower() != "false":
-        raise ValueError(f"json must be true or false, not {json!r}")
-    if as_json and not prompts and prompts_file is None:
-        raise ValueError("--json needs a prompt")
-    model, ids = load(prompts, options[0], model_size, models_dir)
-    if not prompts and prompts_file is None:
-        return interact(model, options)
-    if len(prompts) == 1 and prompts_file is None and not as_json:
-        return show(model, ids[0], options)
-
-    from tqdm import tqdm
-
-    texts, escape = complete(model, ids, options, batch_size), sys.stdout.encoding.lower() != "utf-8"
-    for given, text in tqdm(zip(prompts, texts), total=len(prompts), disable=None if prompts_file else True):
-        line = dumps({"prompt": given, "text": text}, ensure_ascii=escape) if as_json else f"> {given}\n{text}"
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+    options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size, **sampling)
+    batch_size = options.pop("batch_size")
+    prompts = [*prompts] if prompt is None else [*prompts, prompt]
+    if not (prompts or prompts_file or sys.stdin.isatty()):
+        prompts = [*read_prompts("-", whole=True)]
+    model = load_encoder_hparams_and_params(model_size, models_dir)
+    if prompts_file or len(prompts) > 1:
+        prompts = itertools.chain(prompts, read_prompts(prompts_file) if prompts_file else [])
+        for prompt, text in complete(prompts, model, batch_size, **options):
+            line = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
+            print(line if prompts_file else f"> {prompt}\n{text}", flush=True)
+    elif prompts:
+        show(prompts[0], model, **options)
+    else:
+        ask(lambda number, line: show(line, model, first_row=number, **options))
 
 
 if __name__ == "__main__":

@@ -1,277 +1,248 @@
-"""Getting a model: its files are downloaded, checked, and handed back as encoder, hparams and params. Running a command.
+"""What gpt2.py needs around the model: download it, check it, map it into memory; run a function as a command.
 
-A fault on the way (a dropped connection, a full disk, a damaged file, an end by force) leaves nothing behind that the
-next run would believe. ValueError and OSError carry one line that says what to do; run() prints it.
+Whatever goes wrong on the way (a dropped connection, a full disk, a damaged file, kill -9), nothing is left behind that
+the next run would take for good. ValueError and OSError carry one line that says what to do, and run() prints it.
 """
 
 import contextlib
+import functools
 import gc
-import inspect
+import hashlib
+import itertools
 import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 
-from encoder import get_encoder
-
-URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # GPT2_MODELS_URL in the environment names a mirror
-RELEASED = ["124M", "355M", "774M", "1558M"]
+URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # or what GPT2_MODELS_URL in the environment says
+MODELS_DIR = Path(__file__).resolve().parent / "models"
+RELEASED = {"124M": 498, "355M": 1419, "774M": 3096, "1558M": 6230}  # megabytes
 DATA = ".data-00000-of-00001"
 FILES = ["encoder.json", "vocab.bpe", "hparams.json", "checkpoint", "model.ckpt.index", "model.ckpt" + DATA]
-SHA256 = {  # the same for all released sizes, and fetched first: a server that answers with something else fails here
+SHA256 = {  # the same for all sizes. These two come first, so a server that sends something else is found out at once
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-MEND = "put a good copy in its place (a released model: delete it, the next run fetches it)"
+TRIES = 5  # so often in a row a download may fail without getting any further
 
 # ---- Download -------------------------------------------------------------------------------------------------------
 
 
-class Fault(OSError):
-    """The server sent something wrong, or not all; another try may help."""
-
-
 def size_of(path):
-    return os.path.getsize(path) if os.path.exists(path) else 0
+    return path.stat().st_size if path.exists() else 0
 
 
-def lacks(model_dir, name):
-    """Whether a file is missing, or is a data file too short for its tensors: another program's broken download."""
-    path = os.path.join(model_dir, name)
-    if not os.path.exists(path):
-        return True
-    return name.endswith(DATA) and size_of(path) < n_bytes(tensor_shapes(load_hparams(model_dir)))
+def missing_files(model_dir):
+    """The names of the FILES that are not there. A data file too short for its tensors is a download that broke off."""
+    names = [name for name in FILES if not (model_dir / name).exists()]
+    if not names and size_of(model_dir / FILES[-1]) < n_bytes(tensor_shapes(load_hparams(model_dir))):
+        names = FILES[-1:]
+    return names
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keep other runs out of a folder. The system lifts the lock of a run that is killed."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: there two downloads at once are not kept apart
-        return (yield)
+    """Let one run at a time into a folder. The system lifts the lock of a run that is killed."""
+    import fcntl
+
     fd = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"waiting for another run, which fetches {folder} …", file=sys.stderr)
         fcntl.flock(fd, fcntl.LOCK_EX)
-    try:
         yield
     finally:
         os.close(fd)
 
 
 def download_gpt2_files(model_size, model_dir):
-    """Fetch those files of a released model that model_dir lacks. OSError: no network, no such file, no space."""
-    import requests
-    from urllib3.util import Retry
-
-    retry = Retry(4, connect=0, backoff_factor=0.5, status_forcelist=[500, 502, 503, 504])
-    url = (os.environ.get("GPT2_MODELS_URL") or URL).rstrip("/") + f"/{model_size}/"
-    os.makedirs(model_dir, exist_ok=True)
-    with locked(model_dir), requests.Session() as session:
-        session.mount(url, requests.adapters.HTTPAdapter(max_retries=retry))
-        for name in FILES:
-            path = os.path.join(model_dir, name)
-            if lacks(model_dir, name):
-                if os.path.exists(path):
-                    os.replace(path, path + ".part")
-                download(session, retry, url + name, path)
+    """Fetch the files of a released model that model_dir lacks. Raises OSError: no network, no such file, no space."""
+    model_dir, url = Path(model_dir), (os.environ.get("GPT2_MODELS_URL") or URL).rstrip("/") + f"/{model_size}"
+    model_dir.mkdir(parents=True, exist_ok=True)
+    if missing_files(model_dir):
+        print(f"fetching {model_size}, {RELEASED[model_size]} MB, from {url}", file=sys.stderr, flush=True)
+    with locked(model_dir) if os.name == "posix" else contextlib.nullcontext():  # Windows has no such lock
+        for name in missing_files(model_dir):
+            if (model_dir / name).exists():  # the part of a data file
+                (model_dir / name).replace(model_dir / f"{name}.part")
+            download(f"{url}/{name}", model_dir / f"{name}.part")
+            (model_dir / f"{name}.part").replace(model_dir / name)
 
 
-def download(session, retry, url, path):
-    """Fetch url into path + ".part", which the next try or the next run resumes, and move it into place when whole."""
+def download(url, part):
+    """Fetch url into the file part, going on where an earlier run stopped."""
     import requests
     from urllib3.exceptions import MaxRetryError
 
-    part, tries = path + ".part", retry
-    while True:
+    tries = 0
+    while tries < TRIES:
         size = size_of(part)
         try:
-            fetch(session, url, part, size)
-            break
-        except Fault as fault:  # requests retries until the body begins; from there the same Retry counts and waits
-            try:
-                tries = (retry if size_of(part) > size else tries).increment(error=fault)
-            except MaxRetryError:
-                raise OSError(f"{url} {fault}; run again to go on from there") from None
-            tries.sleep()
+            return fetch(url, part, size)
         except requests.RequestException as error:
-            hint = "; without a network, --model_size 2M works" * isinstance(error, requests.ConnectionError)
-            raise OSError(f"cannot fetch {url} ({error}){hint}") from None
+            cause = error
+            while cause.__context__:  # the first cause says it in plain words: "Connection refused"
+                cause = cause.__context__
+            reason = getattr(cause, "strerror", None) or cause
+            if isinstance(error.args[0], MaxRetryError):
+                raise OSError(f"cannot reach {url}: {reason}; --model_size 2M works without a network") from None
+            if isinstance(error, (requests.HTTPError, ValueError)):  # ValueError: this is no URL
+                raise OSError(f"cannot fetch {url}: {reason}") from None
         except OSError as error:
             raise OSError(f"{part}: {error.strerror}; what has arrived is kept, run again to go on") from None
-    os.replace(part, path)
+        tries = 1 if size_of(part) > size else tries + 1
+        print(f"{url}: {reason}; try {tries} of {TRIES} in a row", file=sys.stderr, flush=True)
+        time.sleep(2**tries / 8)  # seconds
+    raise OSError(f"cannot fetch {url}: {reason}; what has arrived is kept, run again to go on")
 
 
-def fetch(session, url, part, size):
-    """One request for the bytes of url from `size` on, into part. Fault: they are fewer, more or others than said."""
+def fetch(url, part, size):
+    """Append the bytes of url from size on to part. Raises requests.HTTPError if it is no use to try again."""
     import requests
     from tqdm import tqdm
 
-    name = os.path.basename(url)
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={size}-"} if size else {})
-    with session.get(url, headers=headers, stream=True, timeout=(10, 15)) as response:  # seconds to connect, to read
-        start, total = extent(response, part, size)
-        bar = tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=None)
-        with bar, open(part, "r+b" if size else "wb") as f:
-            f.seek(start)
-            try:
-                for chunk in response.iter_content(2**14) if start != total else ():
-                    f.write(chunk)
-                    bar.update(len(chunk))
-            except requests.RequestException as error:
-                raise Fault(f"broke off ({error})") from None
-            f.truncate()
-    size, total = size_of(part), size_of(part) if total is None else total
+    headers = {"Range": f"bytes={size}-", "Accept-Encoding": "identity"}
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 15)) as response:  # seconds to connect, to read
+        status, content_range = response.status_code, response.headers.get("Content-Range", "")
+        length = re.fullmatch(rf"bytes (?:{size}-\d+|\*)/(\d+)", content_range)  # of the whole file
+        if status == 200:  # the whole file, whatever was asked for; its length need not be said
+            size, total = 0, int(response.headers.get("Content-Length", -1))
+        elif status == 206 and length:  # the bytes from size on
+            total = int(length[1])
+        elif status == 416:  # there are none from size on
+            total = int(length[1]) if length else 0
+        elif status in (206, 500, 502, 503, 504):
+            raise requests.ConnectionError(f"HTTP status {status} {content_range}")
+        else:
+            raise requests.HTTPError(f"HTTP status {status}")
+        bar = tqdm(desc=part.stem, total=max(total, 0), initial=size, unit="B", unit_scale=True, disable=None)
+        with bar, open(part, "ab" if size else "wb") as f:
+            for chunk in response.iter_content(2**14) if status != 416 else []:
+                bar.update(f.write(chunk))
+    size = size_of(part)
     if size < total:
-        raise Fault(f"broke off after {size} of {total} bytes")
-    if size > total or name in SHA256 and sha256(part) != SHA256[name]:
-        os.remove(part)
-        raise Fault("is not the file it should be: too long, or its SHA-256 is another")
+        raise requests.ConnectionError(f"broke off after {size} of {total} bytes")
+    if size > total >= 0:
+        part.unlink()
+        raise requests.ConnectionError(f"{size} bytes are too many for this file, and dropped")
+    if part.stem in SHA256 and hashlib.sha256(part.read_bytes()).hexdigest() != SHA256[part.stem]:
+        part.unlink()
+        raise requests.HTTPError("this is another file, by its SHA-256")
 
 
-def extent(response, part, size):
-    """Where in the file the body begins, and how long the file is (None: the server does not say)."""
-    import requests
-
-    said = response.headers.get("Content-Range", "")
-    if response.status_code == 206:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", said)
-        if not match or int(match[1]) != size:
-            raise Fault(f"was asked for from byte {size} on, but came as '{said}'")
-        return size, int(match[2])
-    if response.status_code == 200:  # the whole file, asked for or not
-        length = response.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdigit() else None
-    if response.status_code == 416 and said == f"bytes */{size}":  # all of it was there
-        return size, size
-    if response.status_code == 416:
-        os.remove(part)
-        raise Fault(f"has no byte {size}: what was there of it is dropped")
-    raise requests.HTTPError(f"HTTP status {response.status_code}")
+# ---- Check and map --------------------------------------------------------------------------------------------------
 
 
-def sha256(path):
-    import hashlib
-
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
-
-
-# ---- Load -----------------------------------------------------------------------------------------------------------
-
-
-def read_text(path):
-    """What a text file holds; "" where there is none, or it is no text."""
-    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
-        return f.read()
-    return ""
+@contextlib.contextmanager
+def reading(path):
+    """Turn whatever goes wrong while a file is read into one line that names it and says what to do."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        mend = "put a good copy in its place (a released model: delete it, and the next run fetches it)"
+        raise ValueError(f"{path} is missing or damaged ({type(error).__name__}: {reason}); {mend}") from None
 
 
 def load_hparams(model_dir):
-    """hparams.json: n_vocab, n_ctx, n_embd, n_head and n_layer. ValueError: it is damaged."""
-    path = os.path.join(model_dir, "hparams.json")
-    try:
-        hparams = json.loads(read_text(path))
+    """hparams.json: n_vocab, n_ctx, n_embd, n_head and n_layer. Raises ValueError."""
+    with reading(model_dir / "hparams.json"):
+        hparams = json.loads((model_dir / "hparams.json").read_bytes())
         for key in "n_vocab", "n_ctx", "n_embd", "n_head", "n_layer":
             if type(hparams[key]) is not int or not 0 < hparams[key] < 10**6:
                 raise ValueError(f"{key} is {hparams[key]!r}")
         if hparams["n_embd"] % hparams["n_head"]:
-            raise ValueError("n_embd is no multiple of n_head")
-    except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); {MEND}") from None
+            raise ValueError("n_embd is not a multiple of n_head")
     return hparams
 
 
 def tensor_shapes(hparams):
-    """{name in the checkpoint: shape} of all tensors."""
+    """{name in the checkpoint: shape} for all tensors of a model."""
     n_embd = hparams["n_embd"]
     block = {f"{norm}/{key}": (n_embd,) for norm in ("ln_1", "ln_2") for key in "gb"}
     for name, n_in, n_out in ("attn/c_attn", 1, 3), ("attn/c_proj", 1, 1), ("mlp/c_fc", 1, 4), ("mlp/c_proj", 4, 1):
         block |= {f"{name}/w": (n_in * n_embd, n_out * n_embd), f"{name}/b": (n_out * n_embd,)}
-    shapes = {"model/wte": (hparams["n_vocab"], n_embd), "model/wpe": (hparams["n_ctx"], n_embd)}
-    shapes |= {"model/ln_f/g": (n_embd,), "model/ln_f/b": (n_embd,)}
-    return shapes | {f"model/h{i}/{name}": shape for i in range(hparams["n_layer"]) for name, shape in block.items()}
+    shapes = {f"model/h{i}/{name}": shape for i in range(hparams["n_layer"]) for name, shape in block.items()}
+    shapes |= {"model/wte": (hparams["n_vocab"], n_embd), "model/wpe": (hparams["n_ctx"], n_embd)}
+    return shapes | {"model/ln_f/g": (n_embd,), "model/ln_f/b": (n_embd,)}
 
 
 def n_bytes(shapes):
-    return 4 * sum(map(math.prod, shapes.values()))
+    return 4 * sum(math.prod(shape) for shape in shapes.values())  # float32
 
 
 def map_data(path, shapes):
-    """Views of a data file that is nothing but tensors sorted by name, in little-endian float32; nothing is read."""
+    """The tensors as views of the data file, which holds nothing else, in the order of their names. Nothing is read."""
     floats, tensors, start = np.memmap(path, "<f4", "r").view(np.ndarray), {}, 0
     for name, shape in sorted(shapes.items()):
         tensors[name] = floats[start : start + math.prod(shape)].reshape(shape)
         start += math.prod(shape)
+    threading.Thread(target=floats[::1024].sum, daemon=True).start()  # touches each page while the vocabulary is parsed
     return tensors
 
 
 @contextlib.contextmanager
 def no_stderr():
-    """Turn away what is written to file descriptor 2, from C++ too."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    """Silence file descriptor 2: TensorFlow writes to it from C++."""
+    kept = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
         yield
     finally:
         os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
-def read_through_tensorflow(tf_ckpt_path, shapes, mapped):
-    """All tensors, each vouched for by its checksum: the mapped one where that is the same, else a copy."""
-    print(f"checking {os.path.basename(os.path.dirname(tf_ckpt_path))} …", file=sys.stderr, flush=True)
-    tensors, path = {}, tf_ckpt_path + ".index"
-    with no_stderr():  # TensorFlow talks while it is imported, and again when it fails
-        import tensorflow as tf
-
+def read_through_tensorflow(tf_ckpt_path, shapes):
+    """Yield (name, tensor) for each tensor, verified by its checksum."""
+    with no_stderr():
         try:
+            import tensorflow as tf
+        except ImportError as error:
+            wheels = "there are wheels for 64-bit Linux with glibc, macOS on ARM and Windows on x86-64"
+            raise ImportError(f"the first run of a model needs tensorflow: {error} ({wheels})") from None
+        with reading(f"{tf_ckpt_path}.index"):
             reader = tf.train.load_checkpoint(tf_ckpt_path)
-            found, path = reader.get_variable_to_shape_map(), tf_ckpt_path + DATA
-            for name in shapes.keys() & found.keys():
-                tensor = reader.get_tensor(name).astype(np.float32, copy=False)
-                if tensor.shape == (1, *shapes[name]):  # [1, n_in, n_out]: it was a convolution of width 1
-                    tensor = tensor[0]
-                same = name in mapped and np.array_equal(tensor, mapped[name])
-                tensors[name] = mapped[name] if same else tensor
-        except (tf.errors.OpError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{path} is damaged ({type(error).__name__}: {reason}); {MEND}") from None
-    beyond = [name for name in found if re.fullmatch(r"model/h\d+/ln_1/b", name) and name not in shapes]
-    for name in [*shapes, *beyond]:
-        there, wanted = found.get(name), shapes.get(name)
-        if name not in tensors or tensors[name].shape != wanted:
-            raise ValueError(f"{tf_ckpt_path}: {name} has the shape {there}, hparams.json says {wanted}; {MEND}")
-    return tensors
+            found = reader.get_variable_to_shape_map()
+            n_layer = sum(name.endswith("/ln_1/b") for name in shapes)
+            if f"model/h{n_layer}/ln_1/b" in found:
+                raise ValueError(f"it has more than the {n_layer} layers of hparams.json")
+        with reading(tf_ckpt_path + DATA):
+            for name, shape in shapes.items():
+                if found.get(name) not in ([*shape], [1, *shape]):  # [1, n_in, n_out]: once a convolution of width 1
+                    raise ValueError(f"{name} has the shape {found.get(name)}, by hparams.json it is {[*shape]}")
+                yield name, reader.get_tensor(name).astype(np.float32, copy=False).reshape(shape)
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
-    """The weights as a nested dict of float32 arrays: params["blocks"][3]["attn"]["c_attn"]["w"].
+    """The weights, a nested dict of float32 arrays: params["blocks"][3]["attn"]["c_attn"]["w"].
 
-    They are mapped into memory, not read: that takes no time, and processes share them. TensorFlow, which knows the
-    place and the checksum of each tensor, vouches for it the first time; a note beside the data file, good for these
-    very files only, spares that to later runs. A checkpoint laid out otherwise is read through TensorFlow every time.
-    ValueError, OSError: a file is missing or damaged, or hparams.json does not fit the tensors.
+    They are mapped into memory and not read, which takes no time. Before that TensorFlow verifies them once; a note with
+    the sizes and times of the files spares later runs that. A checkpoint in which anything but these tensors stands, or
+    in another order, is read through TensorFlow every time. Raises ValueError or OSError.
     """
-    shapes, data, index = tensor_shapes(hparams), tf_ckpt_path + DATA, tf_ckpt_path + ".index"
-    stats = [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in map(os.stat, (data, index))]
-    size, needed = stats[0][0], n_bytes(shapes)
-    if size < needed:
-        raise ValueError(f"{data} has {size} bytes, by hparams.json it should have {needed}; {MEND}")
-    note, vouched = tf_ckpt_path + ".checked.json", json.dumps([stats, sorted(shapes.items())])
-    tensors = map_data(data, shapes) if size == needed else {}
-    if not tensors or read_text(note) != vouched:
-        mapped, tensors = tensors, read_through_tensorflow(tf_ckpt_path, shapes, tensors)
-        if all(tensors[name] is mapped.get(name) for name in shapes):
-            with contextlib.suppress(OSError), open(note, "w", encoding="utf-8") as f:
-                f.write(vouched)  # where the folder is read-only, the next run checks again
+    shapes, data, note = tensor_shapes(hparams), Path(tf_ckpt_path + DATA), Path(tf_ckpt_path + ".checked.json")
+    with reading(data):
+        stats = [os.stat(path) for path in (data, tf_ckpt_path + ".index")]
+        if stats[0].st_size < n_bytes(shapes):
+            raise ValueError(f"{stats[0].st_size} bytes, by hparams.json it should be {n_bytes(shapes)}")
+    checked = json.dumps([[(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats], sorted(shapes.items())])
+    tensors = map_data(data, shapes) if stats[0].st_size == n_bytes(shapes) else {}
+    if not tensors or not note.exists() or note.read_bytes() != checked.encode():
+        print(f"checking {data.parent.name} …", file=sys.stderr, flush=True)
+        mapped = bool(tensors)
+        for name, tensor in read_through_tensorflow(tf_ckpt_path, shapes):
+            if name not in tensors or not np.array_equal(tensor, tensors[name]):
+                tensors[name], mapped = tensor, False
+        if mapped:
+            try:
+                note.write_text(checked)
+            except OSError as error:
+                print(f"(this will be done every time, since {note} cannot be written: {error.strerror})", file=sys.stderr)
     params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
     for name, tensor in tensors.items():
         _, *keys, last = name.split("/")  # model/h3/attn/c_attn/w
@@ -279,118 +250,110 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         for key in keys:
             inner = params["blocks"][int(key[1:])] if key[0] == "h" else inner.setdefault(key, {})
         inner[last] = tensor
+    np.empty(8_000_000, np.float32)  # freed at once; after that, glibc keeps freed arrays for reuse: 5-15 % of a prefill
     return params
 
 
-def load_encoder_and_hparams(model_size, models_dir):
-    """What there is to know before the weights: encoder, hparams, path of the checkpoint. Errors: as those below."""
-    model_size, models_dir = str(model_size), str(models_dir)
-    model_dir = os.path.join(models_dir, model_size)
-    if os.path.basename(model_size) != model_size or model_size in ("", ".", ".."):
-        raise ValueError(f"model_size must be the name of a folder in models_dir, not {model_size!r}")
-    if os.path.exists(models_dir) and not os.path.isdir(models_dir):
-        raise NotADirectoryError(f"models_dir must be a folder, {models_dir!r} is a file")
-    if model_size in RELEASED:
-        if any(lacks(model_dir, name) for name in FILES):
-            download_gpt2_files(model_size, model_dir)
-    elif not os.path.isdir(model_dir):
-        there = [entry.name for entry in os.scandir(models_dir) if entry.is_dir()] if os.path.exists(models_dir) else []
-        there = ", ".join(dict.fromkeys(RELEASED + sorted(there)))
-        raise ValueError(f"no model {model_size!r} in {os.path.abspath(models_dir)}; there are {there}")
-    checkpoint = os.path.join(model_dir, "checkpoint")
-    match = re.search(r'^model_checkpoint_path: "(.+)"', read_text(checkpoint), re.MULTILINE)
-    if not match:
-        raise ValueError(f"{checkpoint} is missing or damaged; {MEND}")
-    tf_ckpt_path = os.path.join(model_dir, os.path.basename(match[1]))
-    for path in *(os.path.join(model_dir, name) for name in FILES[:3]), tf_ckpt_path + ".index", tf_ckpt_path + DATA:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} is missing; {MEND}")
+def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
+    """The model in models_dir/model_size. A released one is downloaded first. Raises ValueError, OSError or ImportError.
+
+    models_dir is by default the folder models beside this file.
+    """
+    from encoder import get_encoder
+
+    models_dir = Path(MODELS_DIR if models_dir is None else models_dir)
+    model_dir, there = models_dir / model_size, sorted(path.parent.name for path in models_dir.glob("*/checkpoint"))
+    if model_size in RELEASED and missing_files(model_dir):
+        download_gpt2_files(model_size, model_dir)
+    elif model_size not in there:
+        fetched = ", ".join(size for size in RELEASED if size not in there)
+        raise ValueError(f"no model {model_size!r} in {models_dir}: there are {', '.join(there)}; to be fetched: {fetched}")
+    with reading(model_dir / "checkpoint"):
+        text = (model_dir / "checkpoint").read_text("utf-8")
+        tf_ckpt_path = model_dir / Path(re.search(r'^model_checkpoint_path: "(.+)"', text, re.MULTILINE)[1]).name
     hparams = load_hparams(model_dir)
-    try:
+    params = load_gpt2_params_from_tf_ckpt(str(tf_ckpt_path), hparams)
+    with reading(model_dir / "encoder.json or vocab.bpe"):
         encoder = get_encoder(model_size, models_dir)
         if len(encoder.encoder) != hparams["n_vocab"]:
-            raise ValueError(
-                f"{model_dir}: encoder.json has {len(encoder.encoder)} tokens, hparams.json another number"
-            )
-    except ValueError as error:
-        raise ValueError(f"{error}; {MEND}") from None
-    return encoder, hparams, tf_ckpt_path
-
-
-def load_encoder_hparams_and_params(model_size, models_dir):
-    """All of a model in models_dir/model_size, downloaded first where a released size is not there.
-
-    ValueError, OSError: there is no such model, it cannot be fetched, or a file is missing or damaged.
-    """
-    encoder, hparams, tf_ckpt_path = load_encoder_and_hparams(model_size, models_dir)
-    return encoder, hparams, load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams)
+            raise ValueError(f"{len(encoder.encoder)} tokens, by hparams.json it should be {hparams['n_vocab']}")
+    return encoder, hparams, params
 
 
 # ---- Run ------------------------------------------------------------------------------------------------------------
 
+OPTIONS = {  # name: (type, lowest, highest, the same in words)
+    "n_tokens_to_generate": (int, 1, math.inf, "a whole number, 1 or more"),
+    "batch_size": (int, 1, math.inf, "a whole number, 1 or more"),
+    "temperature": (float, 0, sys.float_info.max, "a number, 0 or more"),
+    "top_k": (int, 0, math.inf, "a whole number, 0 or more"),
+    "top_p": (float, math.ulp(0), 1, "a number above 0 and at most 1"),
+    "seed": (int, 0, math.inf, "a whole number, 0 or more"),
+}
 
-def arguments(args, function):
-    """What a command line gives a function: its prompts and {flag: value}, as they were typed.
 
-    A mistake is one line and status 2. fire, which writes the help, is not asked for more: it would take "1,2" for a
-    tuple and "-" for itself, mind a mistyped flag only when the function has run, and cost each start 40 ms and 7 MB.
-    """
-    signature, prompts, options, rest = inspect.signature(function), [], {}, list(args)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
-    names, switches = [p.name for p in parameters], [p.name for p in parameters if p.default is False]
-    letters = [name[0] for name in names]
-    flags = {name[0]: name for name in names if letters.count(name[0]) == 1} | {name: name for name in names}
-    is_flag = re.compile("--|-[a-zA-Z]").match
-    try:
-        while rest:
-            arg = rest.pop(0)
-            if not is_flag(arg):
-                prompts.append(arg)
-                continue
-            key, equals, value = arg.lstrip("-").partition("=")
-            if key in ("h", "help"):
-                import fire
+def check_options(**options):
+    """Convert options to numbers; None stays None. Raises ValueError if one is out of range."""
+    for name in options.keys() & OPTIONS.keys():
+        (kind, low, high, words), value = OPTIONS[name], options[name]
+        if value is None:
+            continue
+        try:
+            options[name] = kind(str(value))  # by way of text, since int(1.5) is 1 but int("1.5") is an error
+        except ValueError:
+            options[name] = math.nan  # which is in no range
+        if not low <= options[name] <= high:
+            raise ValueError(f"{name} must be {words}, not {value!r}")
+    return options
 
-                fire.Fire(function, ["--", "--help"])  # ends here
-            name = flags.get(key.replace("-", "_"))
-            if not name:
-                known = " --".join(names)
-                raise TypeError(f"no flag {arg}; there are --{known} (a prompt with a dash: --prompt={arg!r})")
-            if name in options:
-                raise TypeError(f"--{name} is there twice")
-            if name in switches and not equals:
-                value = "true"
-                if rest and rest[0].lower() in ("true", "false"):
-                    raise TypeError(f"write {arg}={rest[0]}")
-            elif not equals:
-                if not rest or is_flag(rest[0]):
-                    raise TypeError(f"{arg} needs a value; one that begins with a dash: {arg}=…")
-                value = rest.pop(0)
-            options[name] = value
-        signature.bind(*prompts, **options)
-    except TypeError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    return prompts, options
+
+def read_prompts(path, whole=False):
+    """Yield the lines of a UTF-8 file ("-": standard input) without their ends, or the whole of it as one."""
+    with open(0 if path == "-" else path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as f:
+        for text in [f.read()] if whole else f:
+            yield text.removesuffix("\n").removesuffix("\r")
+
+
+def ask(answer):
+    """Call answer(number, line) for each line typed, until Ctrl-D. Ctrl-C stops an answer or drops a half-typed line."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives input() line editing and a history)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("Type the beginning of a text. Ctrl-C stops what follows, Ctrl-D ends.", file=sys.stderr)
+    question = "> " if sys.stdout.isatty() else ""  # only text goes to a file
+    for number in itertools.count():
+        try:
+            answer(number, input(question))
+        except EOFError:
+            return print(file=sys.stderr)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def run(function):
-    """Run a function as a command: a mistake is one line and status 1, and the end is quiet when nobody reads on."""
-    while os.open(os.devnull, os.O_RDWR) < 3:  # standard streams that the shell has closed (>&-)
-        pass
-    sys.stdin = sys.stdin or os.fdopen(0)
-    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    """Run a function as a command: fire parses the arguments, which reach it as typed; mistakes end in one line."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the command by the signal, so a shell loop ends with it
+    calls = []
+
+    @functools.wraps(function)
+    def note(*args, **options):  # fire calls the function before it minds a mistyped flag, so let it call a stand-in
+        calls.append((args, options))
+
     try:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another
-        prompts, options = arguments(sys.argv[1:], function)
-        result = function(*prompts, **options)
+        from fire import Fire, parser
+
+        parser.DefaultParseValue = str  # no "1,2" that becomes a tuple
+        asks_for_help = {"-h", "--help"} & set(sys.argv[1:])
+        Fire(note, ["--", "--help"] if asks_for_help else [*sys.argv[1:], "--", "--separator=(none)"])  # fire's own is "-"
+        [(args, options)] = calls
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
+        result = function(*args, **options)
         if result is not None:
             print(result)
         sys.stdout.flush()
-        gc.freeze()  # when Python ends, it need not look for garbage: that saves 40 ms
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, ImportError, MemoryError) as error:
-        with contextlib.suppress(OSError):  # what is still to be written has nowhere to go
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        gc.freeze()  # Python need not look for garbage when it ends: 40 ms
+    except (ImportError, MemoryError, OSError, ValueError) as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written has nowhere to go
         sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {' '.join(str(error).split())}")
