@@ -4,8 +4,8 @@ The model is that of "Language Models are Unsupervised Multitask Learners" (Radf
 https://github.com/openai/gpt-2. A token is a piece of text, about four letters; its id is its number in the vocabulary.
 Given ids, the model returns logits: at each position one score for every token that could come next.
 
-Shapes stand at the end of a line; "..." is nothing or a batch axis. In the smallest released model, 124M: n_vocab = 50257
-tokens, n_ctx = 1024 positions (the context length), n_embd = 768 numbers per token, n_head = 12, d_head = 768 / 12 = 64.
+Shapes stand at the end of a line; "..." is nothing or a batch axis. 124M, the smallest model, has n_vocab = 50257
+tokens, n_ctx = 1024 positions (the context length), n_embd = 768 numbers a token, n_head = 12, d_head = 768 / 12 = 64.
 """
 
 import itertools
@@ -50,8 +50,8 @@ def ffn(x, c_fc, c_proj):
 def attention(q, k, v, mask):
     """Let each position gather information from others ("Attention Is All You Need", Vaswani et al., 2017, 3.2.1).
 
-    Each position has a query q (what it looks for), a key k (what it can be found by) and a value v (what it tells). The
-    better a query matches a key, the more of that key's value it takes. The mask is -inf where it must not look, else 0.
+    Each has a query q (what it looks for), a key k (what it can be found by) and a value v (what it tells). The better
+    a query matches a key, the more of that key's value it takes. The mask is 0 where it may look, and -inf where not.
     """
     scores = q @ k.swapaxes(-1, -2)  # [..., n_query, d_head] @ [..., d_head, n_key] -> [..., n_query, n_key]
     scores = scores / q.shape[-1] ** 0.5  # they grow with sqrt(d_head); undivided, one key would get all the weight
@@ -65,18 +65,15 @@ def causal_mask(query_positions, key_positions):
 
 
 def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
-    """Multi-head attention: n_head attentions side by side, each with its own d_head of the n_embd numbers.
-
-    c_attn makes q, k and v for attention; c_proj mixes what the heads bring. cache and start: see "The KV cache".
-    """
+    """Multi-head attention: n_head attentions side by side, each with its own d_head of the n_embd numbers."""
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
-    if cache is not None:
+    if cache is not None:  # see "The KV cache" below
         k, v = extend(cache, k, v, start)  # all keys and values so far, not only the new ones
     query_positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq], with a cache [n_batch, n_seq]
     mask = causal_mask(query_positions, np.arange(k.shape[-2]))  # [..., 1, n_seq, n_key]
     heads = attention(q, k, v, mask).swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
-    return linear(heads.reshape(x.shape), **c_proj)  # [..., n_seq, n_embd]
+    return linear(heads.reshape(x.shape), **c_proj)  # mix what the heads have found: [..., n_seq, n_embd]
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, start=0):
@@ -88,12 +85,11 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, start=0):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
-    wte: word token embedding, [n_vocab, n_embd]; wpe: word position embedding, [n_ctx, n_embd].
     With a cache: ids [n_batch, n_seq] -> [n_batch, n_vocab], the logits at the last position of each row only.
     """
     inputs = np.asarray(inputs)
     positions = np.expand_dims(start, -1) + np.arange(inputs.shape[-1])  # [n_seq], with a cache [n_batch, n_seq]
-    x = wte[inputs] + wpe[positions]  # what the token is, and where it is: [..., n_seq, n_embd]
+    x = wte[inputs] + wpe[positions]  # embeddings of token and position, "what" and "where": [..., n_seq, n_embd]
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, cache=None if cache is None else cache[i], start=start)
     if cache is not None:
@@ -103,12 +99,12 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
 
 # ---- The KV cache ---------------------------------------------------------------------------------------------------
 # The keys and values of a position depend only on the tokens up to it, so they stay the same while the text grows. They
-# are kept: a new token then costs one query, and not one for each token of the text. The whole cache is an array
-# [n_layer, 2 (keys, values), n_batch, n_head, n_positions, d_head]; start[b] is the position of the first id in row b.
+# are kept: a new token then costs one query, and not one for each token of the text. The cache is an array [n_layer, 2
+# (keys, values), n_batch, n_head, n_positions, d_head]. start[b] is the position of the first of the new ids in row b.
 
 
 def extend(cache, k, v, start):
-    """Write the k and v of new tokens, each [n_batch, n_head, n_seq, d_head], into a block's cache; return all so far."""
+    """Write k and v of new tokens, each [n_batch, n_head, n_seq, d_head], into a block's cache; return all so far."""
     n_seq = k.shape[-2]
     for b, first in enumerate(start):  # each row has positions of its own
         cache[:, b, :, first : first + n_seq] = k[b], v[b]  # [2, n_head, n_seq, d_head]
@@ -122,8 +118,7 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     """The probabilities to draw the next token from, in float64: [..., n_vocab] -> [..., n_vocab].
 
     A temperature below 1 favours probable tokens, above 1 improbable ones. top_k then keeps the k most probable tokens,
-    top_p the fewest that together have at least probability p (the nucleus; Holtzman et al., 2020). Tokens that are as
-    probable as the last one kept are kept too.
+    top_p the fewest that together reach probability p (Holtzman et al., 2020). Equals of the last one kept stay, too.
     """
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
     logits = np.asarray(logits, np.float64)
@@ -131,31 +126,28 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     if top_k and top_k < logits.shape[-1]:
         kth_highest = np.sort(logits)[..., -top_k, None]  # [..., 1]
         logits = np.where(logits < kth_highest, -np.inf, logits)
-    probs = softmax(logits)
     if top_p and top_p < 1:
+        probs = softmax(logits)
         falling = np.sort(probs)[..., ::-1]
         sum_before = falling.cumsum(-1) - falling  # of the more probable tokens
         last = np.where(sum_before < top_p, falling, 1).min(-1, keepdims=True)  # [..., 1]
-        probs = np.where(probs < last, 0, probs)
-        probs = probs / probs.sum(-1, keepdims=True)
-    return probs
+        logits = np.where(probs < last, -np.inf, logits)
+    return softmax(logits)
 
 
 def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, stop_id=None,
                    temperature=None, top_k=None, top_p=None, seed=None):  # fmt: skip
     """Yield the next id of every prompt, [n_batch], step by step. Raises ValueError for a prompt that does not fit.
 
-    Greedy, that is always the highest logit, if temperature is 0 or none of temperature, top_k, top_p and seed is given.
-    Otherwise row b draws from a random stream of its own, made from seed and first_row + b, so neighbours do not matter.
+    Greedy (always the highest logit) if temperature is 0 or none of temperature, top_k, top_p and seed is given. Else
+    row b draws from a random stream of its own, made from seed and first_row + b: neighbours make no difference.
     """
     (n_vocab, n_embd), n_ctx, n_batch = params["wte"].shape, len(params["wpe"]), len(prompts)
     lengths, most = [len(prompt) for prompt in prompts], n_ctx - n_tokens_to_generate
     for number, prompt in enumerate(prompts, first_row + 1):
-        if len(prompt) == 0 or min(prompt) < 0 or max(prompt) >= n_vocab:
-            raise ValueError(f"prompt {number} must have at least one id, and only ids from 0 to {n_vocab - 1}")
-        if len(prompt) > most:
-            raise ValueError(f"prompt {number} has {len(prompt)} tokens; with {n_tokens_to_generate} to generate, at most "
-                             f"{most} fit into the context length of {n_ctx}")  # fmt: skip
+        if not 1 <= len(prompt) <= most or min(prompt) < 0 or max(prompt) >= n_vocab:
+            limit = f"with {n_tokens_to_generate} to generate, 1 to {most} fit into the context length, {n_ctx}"
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens; {limit} (and ids from 0 to {n_vocab - 1})")
     greedy = temperature == 0 or [temperature, top_k, top_p, seed] == [None] * 4
     seeds = [None if seed is None else [seed, first_row + b] for b in range(n_batch)]
     streams = [] if greedy else [np.random.default_rng(row_seed) for row_seed in seeds]
@@ -163,16 +155,16 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     cache = np.zeros((len(params["blocks"]), 2, n_batch, n_head, n_positions, n_embd // n_head), np.float32)
     model = {**params, "n_head": n_head, "cache": cache}
 
-    # Prefill: the prompts go through the model, about 256 tokens at a time to bound the memory. Shorter ones are padded on
-    # the right: a pad comes after every real token of its row, so none of them sees it, and new tokens overwrite it. The
-    # last pass takes as many tokens as every prompt has, its last ones: so all rows are ready for a new token together.
+    # Prefill: the prompts go through the model, about 256 tokens at a time to bound the memory. Short ones are padded
+    # on the right: a pad comes after every real token of its row, so none of them sees it; new tokens overwrite it. The
+    # last pass has as many tokens as every prompt has, its last ones: then all rows are ready for a new one together.
     # Of prompts of 2 and 9 tokens, first positions 0-6 of both (5 pads in one), then 0-1 of one and 7-8 of the other.
     piece = max(1, 256 // n_batch)
     n_last = min(piece, *lengths)
-    padded = np.array([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts])  # [n_batch, longest]
-    for first in range(0, max(lengths) - n_last, piece):
-        end = min(first + piece, max(lengths) - n_last)
-        gpt2(padded[:, first:end], **model, start=[first] * n_batch)
+    n_before = max(lengths) - n_last
+    padded = np.array([[*prompt, *[0] * n_before][:n_before] for prompt in prompts])  # [n_batch, n_before]
+    for first in range(0, n_before, piece):
+        gpt2(padded[:, first : first + piece], **model, start=[first] * n_batch)
     inputs = np.array([prompt[-n_last:] for prompt in prompts])  # [n_batch, n_last]
     start = [length - n_last for length in lengths]
 
@@ -193,7 +185,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, **options):
-    """The ids that follow a prompt's ids: a list; for a list of prompts a list of lists. options: see generate_steps."""
+    """The ids that follow a prompt's ids: a list; for a list of prompts a list of lists. options as generate_steps."""
     is_batch = any(np.ndim(prompt) for prompt in inputs)
     steps = generate_steps(inputs if is_batch else [inputs], params, n_head, n_tokens_to_generate, **options)
     rows = np.stack(list(steps), axis=1).tolist()  # [n_batch, n_tokens_to_generate]
@@ -201,7 +193,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
-# model is (encoder, hparams, params); options are those of generate_steps.
+# A model is (encoder, hparams, params). options are those of generate_steps.
 
 
 def complete(prompts, model, batch_size, **options):
@@ -241,8 +233,8 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
         batch_size=32):  # fmt: skip
     """Continue a text with GPT-2.
 
-    One prompt: what follows is shown as it is generated. Several: for each "> prompt", and below it the text. None: it
-    asks for prompts, again and again; input from a pipe is one prompt. Greedy (always the most probable token) unless
+    One prompt: its text is shown as it is generated. Several: for each "> prompt", and below it the text. None: asks for
+    prompts, again and again; what comes from a pipe is one prompt. Greedy (always the most probable token) unless
     temperature, top_k, top_p or seed is given: then tokens are drawn at random.
 
     Args:
@@ -263,12 +255,13 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size, **sampling)
     batch_size = options.pop("batch_size")
-    prompts = [*prompts] if prompt is None else [*prompts, prompt]
-    if not (prompts or prompts_file or sys.stdin.isatty()):
+    prompts = prompts if prompt is None else (*prompts, prompt)
+    if prompts_file:
+        prompts = itertools.chain(prompts, read_prompts(prompts_file))
+    elif not prompts and not sys.stdin.isatty():
         prompts = [*read_prompts("-", whole=True)]
     model = load_encoder_hparams_and_params(model_size, models_dir)
     if prompts_file or len(prompts) > 1:
-        prompts = itertools.chain(prompts, read_prompts(prompts_file) if prompts_file else [])
         for prompt, text in complete(prompts, model, batch_size, **options):
             line = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
             print(line if prompts_file else f"> {prompt}\n{text}", flush=True)

@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -30,26 +29,36 @@ SHA256 = {  # the same for all sizes. These two come first, so a server that sen
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-TRIES = 5  # so often in a row a download may fail without getting any further
+TRIES = 5  # for one file, as long as nothing of it arrives
 
 # ---- Download -------------------------------------------------------------------------------------------------------
-
-
-def size_of(path):
-    return path.stat().st_size if path.exists() else 0
 
 
 def missing_files(model_dir):
     """The names of the FILES that are not there. A data file too short for its tensors is a download that broke off."""
     names = [name for name in FILES if not (model_dir / name).exists()]
-    if not names and size_of(model_dir / FILES[-1]) < n_bytes(tensor_shapes(load_hparams(model_dir))):
+    if not names and (model_dir / FILES[-1]).stat().st_size < n_bytes(tensor_shapes(load_hparams(model_dir))):
+        (model_dir / FILES[-1]).replace(model_dir / f"{FILES[-1]}.part")
         names = FILES[-1:]
     return names
 
 
+def download_gpt2_files(model_size, model_dir):
+    """Fetch the files of a released model that model_dir lacks. Raises OSError: no network, no such file, no space."""
+    model_dir, url = Path(model_dir), (os.environ.get("GPT2_MODELS_URL") or URL).rstrip("/") + f"/{model_size}"
+    model_dir.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {model_size}, {RELEASED[model_size]} MB, from {url}", file=sys.stderr, flush=True)
+    with locked(model_dir):
+        for name in missing_files(model_dir):
+            download(f"{url}/{name}", model_dir / f"{name}.part")
+            (model_dir / f"{name}.part").replace(model_dir / name)
+
+
 @contextlib.contextmanager
 def locked(folder):
-    """Let one run at a time into a folder. The system lifts the lock of a run that is killed."""
+    """Let one run at a time into a folder; another one waits. The system lifts the lock of a run that is killed."""
+    if os.name != "posix":
+        return (yield)  # Windows has no such lock
     import fcntl
 
     fd = os.open(folder, os.O_RDONLY)
@@ -60,28 +69,14 @@ def locked(folder):
         os.close(fd)
 
 
-def download_gpt2_files(model_size, model_dir):
-    """Fetch the files of a released model that model_dir lacks. Raises OSError: no network, no such file, no space."""
-    model_dir, url = Path(model_dir), (os.environ.get("GPT2_MODELS_URL") or URL).rstrip("/") + f"/{model_size}"
-    model_dir.mkdir(parents=True, exist_ok=True)
-    if missing_files(model_dir):
-        print(f"fetching {model_size}, {RELEASED[model_size]} MB, from {url}", file=sys.stderr, flush=True)
-    with locked(model_dir) if os.name == "posix" else contextlib.nullcontext():  # Windows has no such lock
-        for name in missing_files(model_dir):
-            if (model_dir / name).exists():  # the part of a data file
-                (model_dir / name).replace(model_dir / f"{name}.part")
-            download(f"{url}/{name}", model_dir / f"{name}.part")
-            (model_dir / f"{name}.part").replace(model_dir / name)
-
-
 def download(url, part):
-    """Fetch url into the file part, going on where an earlier run stopped."""
+    """Fetch url into the file part, going on where an earlier try or run stopped."""
     import requests
     from urllib3.exceptions import MaxRetryError
 
     tries = 0
     while tries < TRIES:
-        size = size_of(part)
+        size = part.stat().st_size if part.exists() else 0
         try:
             return fetch(url, part, size)
         except requests.RequestException as error:
@@ -95,44 +90,43 @@ def download(url, part):
                 raise OSError(f"cannot fetch {url}: {reason}") from None
         except OSError as error:
             raise OSError(f"{part}: {error.strerror}; what has arrived is kept, run again to go on") from None
-        tries = 1 if size_of(part) > size else tries + 1
-        print(f"{url}: {reason}; try {tries} of {TRIES} in a row", file=sys.stderr, flush=True)
+        tries = 1 if part.exists() and part.stat().st_size > size else tries + 1
+        print(f"{url}: {reason} (try {tries} of {TRIES})", file=sys.stderr, flush=True)
         time.sleep(2**tries / 8)  # seconds
     raise OSError(f"cannot fetch {url}: {reason}; what has arrived is kept, run again to go on")
 
 
 def fetch(url, part, size):
-    """Append the bytes of url from size on to part. Raises requests.HTTPError if it is no use to try again."""
+    """Append the bytes of url from size on to part. Raises requests.HTTPError if another try would be in vain."""
     import requests
     from tqdm import tqdm
 
     headers = {"Range": f"bytes={size}-", "Accept-Encoding": "identity"}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 15)) as response:  # seconds to connect, to read
         status, content_range = response.status_code, response.headers.get("Content-Range", "")
-        length = re.fullmatch(rf"bytes (?:{size}-\d+|\*)/(\d+)", content_range)  # of the whole file
-        if status == 200:  # the whole file, whatever was asked for; its length need not be said
-            size, total = 0, int(response.headers.get("Content-Length", -1))
-        elif status == 206 and length:  # the bytes from size on
-            total = int(length[1])
+        match = re.fullmatch(rf"bytes (?:{size}-\d+|\*)/(\d+)", content_range)
+        if status == 200:  # the whole file, whatever was asked for
+            size, total = 0, int(response.headers.get("Content-Length", 0))  # 0: it is not said
+        elif status == 206 and match:  # the bytes from size on
+            total = int(match[1])
         elif status == 416:  # there are none from size on
-            total = int(length[1]) if length else 0
+            total = int(match[1]) if match else -1
         elif status in (206, 500, 502, 503, 504):
             raise requests.ConnectionError(f"HTTP status {status} {content_range}")
         else:
             raise requests.HTTPError(f"HTTP status {status}")
-        bar = tqdm(desc=part.stem, total=max(total, 0), initial=size, unit="B", unit_scale=True, disable=None)
+        bar = tqdm(desc=part.stem, total=total, initial=size, unit="B", unit_scale=True, disable=None)
         with bar, open(part, "ab" if size else "wb") as f:
             for chunk in response.iter_content(2**14) if status != 416 else []:
                 bar.update(f.write(chunk))
-    size = size_of(part)
-    if size < total:
-        raise requests.ConnectionError(f"broke off after {size} of {total} bytes")
-    if size > total >= 0:
+    size = part.stat().st_size
+    if total and size > total:
         part.unlink()
-        raise requests.ConnectionError(f"{size} bytes are too many for this file, and dropped")
+    if total and size != total:
+        raise requests.ConnectionError(f"{size} bytes came, of {total}")
     if part.stem in SHA256 and hashlib.sha256(part.read_bytes()).hexdigest() != SHA256[part.stem]:
         part.unlink()
-        raise requests.HTTPError("this is another file, by its SHA-256")
+        raise requests.HTTPError("this is some other file (its SHA-256 is not that of OpenAI's)")
 
 
 # ---- Check and map --------------------------------------------------------------------------------------------------
@@ -153,11 +147,9 @@ def load_hparams(model_dir):
     """hparams.json: n_vocab, n_ctx, n_embd, n_head and n_layer. Raises ValueError."""
     with reading(model_dir / "hparams.json"):
         hparams = json.loads((model_dir / "hparams.json").read_bytes())
-        for key in "n_vocab", "n_ctx", "n_embd", "n_head", "n_layer":
-            if type(hparams[key]) is not int or not 0 < hparams[key] < 10**6:
-                raise ValueError(f"{key} is {hparams[key]!r}")
-        if hparams["n_embd"] % hparams["n_head"]:
-            raise ValueError("n_embd is not a multiple of n_head")
+        sizes = [hparams[key] for key in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")]
+        if not all(type(size) is int and 0 < size < 10**6 for size in sizes) or hparams["n_embd"] % hparams["n_head"]:
+            raise ValueError(f"{hparams} makes no sense")
     return hparams
 
 
@@ -177,12 +169,11 @@ def n_bytes(shapes):
 
 
 def map_data(path, shapes):
-    """The tensors as views of the data file, which holds nothing else, in the order of their names. Nothing is read."""
+    """The tensors as views of a data file that is nothing but these, in the order of their names. Nothing is read."""
     floats, tensors, start = np.memmap(path, "<f4", "r").view(np.ndarray), {}, 0
     for name, shape in sorted(shapes.items()):
         tensors[name] = floats[start : start + math.prod(shape)].reshape(shape)
         start += math.prod(shape)
-    threading.Thread(target=floats[::1024].sum, daemon=True).start()  # touches each page while the vocabulary is parsed
     return tensors
 
 
@@ -203,15 +194,14 @@ def read_through_tensorflow(tf_ckpt_path, shapes):
         try:
             import tensorflow as tf
         except ImportError as error:
-            wheels = "there are wheels for 64-bit Linux with glibc, macOS on ARM and Windows on x86-64"
-            raise ImportError(f"the first run of a model needs tensorflow: {error} ({wheels})") from None
-        with reading(f"{tf_ckpt_path}.index"):
+            wheels = "pip install tensorflow (for 64-bit Linux with glibc, macOS on ARM, Windows on x86-64)"
+            raise ImportError(f"the first run of a model needs tensorflow: {error}; {wheels}") from None
+        with reading(f"{tf_ckpt_path}.index or {DATA}"):
             reader = tf.train.load_checkpoint(tf_ckpt_path)
             found = reader.get_variable_to_shape_map()
-            n_layer = sum(name.endswith("/ln_1/b") for name in shapes)
-            if f"model/h{n_layer}/ln_1/b" in found:
-                raise ValueError(f"it has more than the {n_layer} layers of hparams.json")
-        with reading(tf_ckpt_path + DATA):
+            beyond = f"model/h{sum(name.endswith('/ln_1/b') for name in shapes)}/ln_1/b"
+            if beyond in found:
+                raise ValueError(f"{beyond} is a layer more than in hparams.json")
             for name, shape in shapes.items():
                 if found.get(name) not in ([*shape], [1, *shape]):  # [1, n_in, n_out]: once a convolution of width 1
                     raise ValueError(f"{name} has the shape {found.get(name)}, by hparams.json it is {[*shape]}")
@@ -221,9 +211,9 @@ def read_through_tensorflow(tf_ckpt_path, shapes):
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """The weights, a nested dict of float32 arrays: params["blocks"][3]["attn"]["c_attn"]["w"].
 
-    They are mapped into memory and not read, which takes no time. Before that TensorFlow verifies them once; a note with
-    the sizes and times of the files spares later runs that. A checkpoint in which anything but these tensors stands, or
-    in another order, is read through TensorFlow every time. Raises ValueError or OSError.
+    They are mapped into memory and not read, which takes no time. The first time TensorFlow verifies them; a note with
+    the sizes and times of the files spares later runs that. A checkpoint with more in it, or in another order, is read
+    through TensorFlow every time. Raises ValueError or OSError.
     """
     shapes, data, note = tensor_shapes(hparams), Path(tf_ckpt_path + DATA), Path(tf_ckpt_path + ".checked.json")
     with reading(data):
@@ -234,15 +224,14 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     tensors = map_data(data, shapes) if stats[0].st_size == n_bytes(shapes) else {}
     if not tensors or not note.exists() or note.read_bytes() != checked.encode():
         print(f"checking {data.parent.name} …", file=sys.stderr, flush=True)
-        mapped = bool(tensors)
+        is_mapped = bool(tensors)
         for name, tensor in read_through_tensorflow(tf_ckpt_path, shapes):
             if name not in tensors or not np.array_equal(tensor, tensors[name]):
-                tensors[name], mapped = tensor, False
-        if mapped:
-            try:
-                note.write_text(checked)
-            except OSError as error:
-                print(f"(this will be done every time, since {note} cannot be written: {error.strerror})", file=sys.stderr)
+                tensors[name], is_mapped = tensor, False
+        try:
+            note.write_text(checked if is_mapped else "")
+        except OSError as error:
+            print(f"(so it is every time, because {note} cannot be written: {error.strerror})", file=sys.stderr)
     params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
     for name, tensor in tensors.items():
         _, *keys, last = name.split("/")  # model/h3/attn/c_attn/w
@@ -250,24 +239,25 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         for key in keys:
             inner = params["blocks"][int(key[1:])] if key[0] == "h" else inner.setdefault(key, {})
         inner[last] = tensor
-    np.empty(8_000_000, np.float32)  # freed at once; after that, glibc keeps freed arrays for reuse: 5-15 % of a prefill
+    np.empty(8_000_000, np.float32)  # freed at once; after that glibc keeps freed arrays for reuse: prefill -5 to -15 %
     return params
 
 
 def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
-    """The model in models_dir/model_size. A released one is downloaded first. Raises ValueError, OSError or ImportError.
+    """The model in models_dir (by default the folder models beside this file); a released one is downloaded first.
 
-    models_dir is by default the folder models beside this file.
+    Raises ValueError, OSError or ImportError.
     """
     from encoder import get_encoder
 
-    models_dir = Path(MODELS_DIR if models_dir is None else models_dir)
+    models_dir = Path(models_dir or MODELS_DIR)
     model_dir, there = models_dir / model_size, sorted(path.parent.name for path in models_dir.glob("*/checkpoint"))
-    if model_size in RELEASED and missing_files(model_dir):
-        download_gpt2_files(model_size, model_dir)
+    if model_size in RELEASED:
+        if missing_files(model_dir):
+            download_gpt2_files(model_size, model_dir)
     elif model_size not in there:
-        fetched = ", ".join(size for size in RELEASED if size not in there)
-        raise ValueError(f"no model {model_size!r} in {models_dir}: there are {', '.join(there)}; to be fetched: {fetched}")
+        known = f"there are {', '.join(there)}; {', '.join(RELEASED)} can be fetched"
+        raise ValueError(f"no model {model_size!r} in {models_dir}: {known}")
     with reading(model_dir / "checkpoint"):
         text = (model_dir / "checkpoint").read_text("utf-8")
         tf_ckpt_path = model_dir / Path(re.search(r'^model_checkpoint_path: "(.+)"', text, re.MULTILINE)[1]).name
@@ -282,20 +272,16 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
 
 # ---- Run ------------------------------------------------------------------------------------------------------------
 
-OPTIONS = {  # name: (type, lowest, highest, the same in words)
-    "n_tokens_to_generate": (int, 1, math.inf, "a whole number, 1 or more"),
-    "batch_size": (int, 1, math.inf, "a whole number, 1 or more"),
-    "temperature": (float, 0, sys.float_info.max, "a number, 0 or more"),
-    "top_k": (int, 0, math.inf, "a whole number, 0 or more"),
-    "top_p": (float, math.ulp(0), 1, "a number above 0 and at most 1"),
-    "seed": (int, 0, math.inf, "a whole number, 0 or more"),
-}
+OPTIONS = {  # name: (type, lowest, highest)
+    "n_tokens_to_generate": (int, 1, math.inf), "batch_size": (int, 1, math.inf), "temperature": (float, 0, 1e9),
+    "top_k": (int, 0, math.inf), "top_p": (float, 1e-9, 1), "seed": (int, 0, math.inf),
+}  # fmt: skip
 
 
 def check_options(**options):
     """Convert options to numbers; None stays None. Raises ValueError if one is out of range."""
     for name in options.keys() & OPTIONS.keys():
-        (kind, low, high, words), value = OPTIONS[name], options[name]
+        (kind, low, high), value = OPTIONS[name], options[name]
         if value is None:
             continue
         try:
@@ -303,7 +289,8 @@ def check_options(**options):
         except ValueError:
             options[name] = math.nan  # which is in no range
         if not low <= options[name] <= high:
-            raise ValueError(f"{name} must be {words}, not {value!r}")
+            number = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{name} must be {number} from {low} to {high}, not {value!r}")
     return options
 
 
@@ -315,7 +302,7 @@ def read_prompts(path, whole=False):
 
 
 def ask(answer):
-    """Call answer(number, line) for each line typed, until Ctrl-D. Ctrl-C stops an answer or drops a half-typed line."""
+    """Call answer(number, line) for each line typed, until Ctrl-D. Ctrl-C stops an answer or drops what is typed."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives input() line editing and a history)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -338,15 +325,16 @@ def run(function):
     calls = []
 
     @functools.wraps(function)
-    def note(*args, **options):  # fire calls the function before it minds a mistyped flag, so let it call a stand-in
+    def note(*args, **options):  # fire calls a function before it minds an unknown flag, so what it calls is a stand-in
         calls.append((args, options))
 
     try:
         from fire import Fire, parser
 
         parser.DefaultParseValue = str  # no "1,2" that becomes a tuple
+        # fire's own separator is "-", which may be a prompt. It shows it in its messages, where --help is of use
         asks_for_help = {"-h", "--help"} & set(sys.argv[1:])
-        Fire(note, ["--", "--help"] if asks_for_help else [*sys.argv[1:], "--", "--separator=(none)"])  # fire's own is "-"
+        Fire(note, ["--", "--help"] if asks_for_help else [*sys.argv[1:], "--", "--separator=--help"])
         [(args, options)] = calls
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
         result = function(*args, **options)

@@ -57,13 +57,6 @@ def test_jit(model, on_jax):
     assert traced == [(len(IDS),), (4,)]
 
 
-def test_jit_as_it_stands(model, on_jax):
-    """Without a wrapper too."""
-    _, hparams, params = model
-    logits = jax.jit(gpt2.gpt2, static_argnames="n_head")(np.array(IDS), **params, n_head=hparams["n_head"])
-    np.testing.assert_allclose(logits, numpy_logits(model, IDS), rtol=0, atol=5e-4)
-
-
 def test_grad(model, monkeypatch):
     """The gradient of the loss is finite for every weight; in each tensor the largest is the slope NumPy measures.
 

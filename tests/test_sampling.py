@@ -24,14 +24,14 @@ def plain_probs(logits, temperature=1.0, top_k=None, top_p=None):
         scaled = [x if x >= least else -math.inf for x in scaled]
     weights = [math.exp(x - max(scaled)) for x in scaled]
     if top_p and top_p < 1:
-        kept, total = [], 0
-        for i in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
-            kept.append(i)
-            total += weights[i] / math.fsum(weights)
+        total, least = 0, 0
+        for weight in sorted(weights, reverse=True):
+            total += weight / math.fsum(weights)
             assume(abs(total - top_p) > 1e-9)
             if total >= top_p:
+                least = weight
                 break
-        weights = [weight if i in kept else 0 for i, weight in enumerate(weights)]
+        weights = [weight if weight >= least else 0 for weight in weights]
     return [weight / math.fsum(weights) for weight in weights]
 
 
@@ -50,7 +50,7 @@ def cases(draw):
 @settings(deadline=None, max_examples=1000)
 @given(cases())
 def test_definition(case):
-    """Temperature, then top-k (all that tie), then top-p (of those that tie the first), on each row, to rounding."""
+    """Temperature, then top-k, then top-p, each with all that tie with the last one kept, on each row, to rounding."""
     logits, *options = case
     before = logits.copy()
     probs = gpt2.sample_probs(logits, *options)
@@ -97,20 +97,16 @@ def test_as_hf_transformers(options):
         ([1, 4, 2, 1], {"top_p": 0.5}, [1]),  # exactly p is enough
         ([1, 4, 2, 1], {"top_p": 0.5001}, [1, 2]),
         ([1, 4, 2, 1], {"top_p": 0.75}, [1, 2]),
-        ([1, 4, 2, 1], {"top_p": 0.8}, [0, 1, 2]),  # of those that tie, the lowest id
-        ([1, 4, 2, 1], {"top_p": 0.9}, [0, 1, 2, 3]),
-        ([1, 4, 2, 1], {"top_p": 1e-300}, [1]),  # never empty
-        ([1, 1, 1, 1], {"top_p": 0.5}, [0, 1]),
-        ([1, 1, 1, 1], {"top_p": 1e-300}, [0]),
-        ([1, 4, 2, 1], {"top_k": 3}, [0, 1, 2, 3]),  # all that tie
+        ([1, 4, 2, 1], {"top_p": 0.8}, [0, 1, 2, 3]),  # all that tie
+        ([1, 4, 2, 1], {"top_p": 1e-9}, [1]),  # never empty
+        ([1, 1, 1, 1], {"top_p": 0.5}, [0, 1, 2, 3]),
+        ([1, 4, 2, 1], {"top_k": 3}, [0, 1, 2, 3]),
         ([1, 4, 2, 1], {"top_k": 2}, [1, 2]),
         ([1, 4, 2, 1], {"top_k": 2, "top_p": 0.6}, [1]),  # 4/6 of what top-k leaves
         ([1, 4, 2, 1], {"temperature": 0.5, "top_p": 0.7}, [1]),  # 16/22
         ([1, 4, 2, 1], {"temperature": 1e-300}, [1]),
         ([4, 4, 2, 1], {"temperature": 0}, [0, 1]),  # the limit
-        ([4, 4, 2, 1], {"temperature": 0, "top_p": 0.5}, [0]),
         ([1, 4, 2, 1], {"temperature": 1e300}, [0, 1, 2, 3]),
-        ([1, 4, 2, 1], {"temperature": "0.5", "top_k": "3", "top_p": "0.7"}, [1]),  # as typed
     ],
 )
 def test_kept(weights, options, kept):
@@ -139,7 +135,7 @@ def test_extreme_temperatures(temperature, expected, offset):
 
 def test_nucleus_of_a_large_vocabulary():
     """50,257 logits of any spread: the nucleus reaches p and would not without its least probable token."""
-    for spread in (0, 0.01, 1, 5, 20):
+    for spread in (0.01, 1, 5, 20):
         logits = np.random.default_rng(1).normal(0, spread, 50257)
         for p in (0.001, 0.5, 0.9, 0.999999):
             full, probs = gpt2.sample_probs(logits), gpt2.sample_probs(logits, top_p=p)
@@ -192,32 +188,17 @@ def test_frequencies(sample, model, options):
     assert (np.abs(observed - expected) < 5 * np.sqrt(expected)).all()
 
 
-@pytest.mark.parametrize("u", [0, 1e-9, 0.25, 0.5, 0.75, 1 - 2**-53])
-@pytest.mark.parametrize(
-    "options", [{"temperature": 1}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 1e-300}], ids=str
-)
-def test_ends_of_the_unit_interval(sample, model, monkeypatch, options, u):
-    """A random number u draws the token in whose part of the unit interval it lies: never one of probability 0."""
-    _, hparams, params = model
-    probs = gpt2.sample_probs(gpt2.gpt2(PROMPTS[1], **params, n_head=hparams["n_head"])[-1], **options)
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: type("Stream", (), {"random": lambda self: u})())
-    [id] = sample(PROMPTS[1], 1, **options)
-    assert probs[id] > 0
-    assert math.fsum(probs[:id]) - 1e-6 <= u <= math.fsum(probs[: id + 1]) + 1e-6
-
-
 @pytest.mark.parametrize(
     "options, same",
     [
         ({}, {}),
-        ({"seed": 3}, {}),
         ({"temperature": 0}, {}),
-        ({"temperature": "0", "top_k": 5, "top_p": 0.9, "seed": 1}, {}),
+        ({"temperature": 0, "top_k": 5, "top_p": 0.9, "seed": 1}, {}),
         ({"top_k": 1}, {}),
         ({"top_p": 1e-9}, {}),
+        ({"seed": 3}, {"temperature": 1, "seed": 3}),
         ({"top_k": 0, "seed": 3}, {"temperature": 1, "seed": 3}),
         ({"top_p": 1, "seed": 3}, {"temperature": 1, "seed": 3}),
-        ({"temperature": "1.0", "top_k": "0", "top_p": "1", "seed": "3"}, {"temperature": 1, "seed": 3}),
         ({"top_k": 40, "seed": 3}, {"temperature": 1, "top_k": 40, "top_p": 1, "seed": 3}),
     ],
     ids=str,
@@ -273,89 +254,54 @@ def test_batch_size():
     assert len({texts[0], texts[2], texts[4]}) == 3
 
 
-# ---- Ends and reports -----------------------------------------------------------------------------------------------
-
-
-def before(stop_id, row):
-    return row[: row.index(stop_id)] if stop_id in row else row
+# ---- Ends and mistakes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1, "top_k": 20, "seed": 1}], ids=["greedy", "seeded"])
-def test_stop(sample, options):
-    """A row ends before its first stop_id, and the others go on as if nothing had happened."""
-    rows = sample(PROMPTS, 40, **options)
-    ended = sample(PROMPTS, 40, **options, stop_id=COMMA)
-    assert ended == [before(COMMA, row) for row in rows]
-    assert len({len(row) for row in ended}) > 2
-    assert sample(PROMPTS[0], 40, **options, stop_id=rows[0][0]) == []
+def test_stop(model, sample, options):
+    """Until all rows have had their stop_id, every row goes on as if nothing had happened; then the steps end."""
+    _, hparams, params = model
+    rows = sample(PROMPTS[:3], 40, **options)
+    needed = max(row.index(COMMA) for row in rows) + 1
+    assert needed < 40
+    steps = gpt2.generate_steps(PROMPTS[:3], params, hparams["n_head"], 40, stop_id=COMMA, **options)
+    assert np.stack(list(steps), axis=1).tolist() == [row[:needed] for row in rows]
 
 
-def test_early_end(sample, monkeypatch):
-    """When all rows have ended, no more is computed."""
+def test_steps_come_one_by_one(model, monkeypatch):
+    """An id is there after one pass of the model: nothing is computed before it is asked for."""
+    _, hparams, params = model
     calls, original = [], gpt2.gpt2
     monkeypatch.setattr(gpt2, "gpt2", lambda *args, **kwargs: calls.append(0) or original(*args, **kwargs))
-    prompts, greedy = PROMPTS[:3], [golden["greedy"] for golden in GOLDEN[:3]]
-    ended = sample(prompts, 40, stop_id=COMMA)
-    assert ended == [before(COMMA, row) for row in greedy]
-    needed = max(map(len, ended)) + 1
-    n_calls = len(calls)
-    sample(prompts, needed)
-    assert n_calls == len(calls) - n_calls
-    assert needed < n_calls < 40
+    steps = gpt2.generate_steps([PROMPTS[0]], params, hparams["n_head"], 10)
+    for n, id in enumerate(GOLDEN[0]["greedy"][:5], 1):
+        assert next(steps).tolist() == [id]
+        assert len(calls) == n
 
-
-def test_on_token(sample):
-    """Told of each new id as (row, id): step by step, in a step row by row, of a row that has ended no more."""
-    told = []
-    rows = sample(PROMPTS, 30, stop_id=COMMA, on_token=lambda row, id: told.append((row, id)))
-    assert told == [(b, row[step]) for step in range(30) for b, row in enumerate(rows) if step < len(row)]
-    told.clear()
-    row = sample(PROMPTS[0], 5, on_token=lambda row, id: told.append((row, id)))
-    assert told == [(0, id) for id in row]
-
-
-def test_on_token_is_told_at_once(sample):
-    """Whoever raises in on_token ends the generation there: nothing is held back until the end."""
-    told = []
-
-    def on_token(row, id):
-        told.append(id)
-        if len(told) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sample(PROMPTS[0], 10, on_token=on_token)
-    assert told == GOLDEN[0]["greedy"][:3]
-
-
-# ---- Mistakes -------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "temperature": [-1, -1e-9, math.nan, math.inf, -math.inf, "hot", "", "nan", [1], 10**400],
-    "top_k": [-1, 1.5, "1.5", "many", "", math.nan, math.inf, [1]],
-    "top_p": [0, -0.1, 1.0000001, 90, math.nan, "0", "most", "", [0.5]],
-    "seed": [-1, 0.5, "0.5", "luck", "", math.nan, [1]],
-    "n_tokens_to_generate": [0, -1, 1.5, "1.5", "0", "many", "", None, math.nan, math.inf],
-    "batch_size": [0, -1, 1.5, "all", None],
-}
-CALLS = {
-    "sample_probs": (gpt2.sample_probs, [[0.0, 1.0]]),
-    "generate": (lambda *args, **kwargs: gpt2.generate(*args, **{"n_tokens_to_generate": 1, **kwargs}), [[0], {}, 1]),
-    "main": (lambda *args, **kwargs: gpt2.main(*args, **kwargs, models_dir="nowhere"), ["O"]),
-}
-TAKEN = {
-    "sample_probs": ["temperature", "top_k", "top_p"],
-    "generate": [*BAD][:5],
-    "main": [*BAD],
+    "temperature": [-1, math.nan, math.inf, "hot", "", [1]],
+    "top_k": [-1, 1.5, "1.5", "many", math.nan],
+    "top_p": [0, -0.1, 1.0000001, 90, math.nan, "0", "most", ""],
+    "seed": [-1, 0.5, "luck", ""],
+    "n_tokens_to_generate": [0, -1, 1.5, "1.5", "0", "many", math.inf],
+    "batch_size": [0, -1, 1.5, "all"],
 }
 
 
-@pytest.mark.parametrize("function, name", [(function, name) for function, names in TAKEN.items() for name in names])
-def test_bad_options(function, name):
-    """An option that makes no sense is refused before anything is done, with its name and its value."""
-    call, args = CALLS[function]
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options(name):
+    """An option that makes no sense is refused before anything is loaded, with its name and its value."""
     for value in BAD[name]:
         with pytest.raises(ValueError) as caught:
-            call(*args, **{name: value})
+            gpt2.main("O", models_dir="nowhere", **{name: value})
         assert str(caught.value).startswith(f"{name} must be ")
         assert str(caught.value).endswith(f" not {value!r}")
+
+
+def test_options_as_text():
+    """From the command line they are text, and mean the same; an unknown one is Python's own error."""
+    text = gpt2.main("Once", "12", "2M", temperature="1.5", top_k="50", top_p="0.9", seed="3", batch_size="2")
+    assert text == gpt2.main("Once", 12, "2M", temperature=1.5, top_k=50, top_p=0.9, seed=3)
+    with pytest.raises(TypeError, match="temprature"):
+        gpt2.main("Once", model_size="2M", temprature=1)
