@@ -17,8 +17,8 @@ import os
 
 import regex
 
-# A word keeps the one space before it. Endings such as 's and 'll are words of their own, and so is each run of letters,
-# of digits, of other signs and of white space. The last space of a run goes to the word after it.
+# A word keeps the one space before it. Endings such as 's and 'll are words of their own, and so is each run of
+# letters, of digits, of other signs and of white space. The last space of a run goes to the word after it.
 WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
@@ -26,8 +26,8 @@ WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]
 def bytes_to_unicode():
     """The character that stands for each of the 256 bytes: {byte: character}.
 
-    vocab.bpe is a text file with spaces between the pieces and line ends between the merges, so a piece must not contain
-    either. A printable byte stands for itself; the other 68 get the characters from 256 on: "Ġ" (288) is the space.
+    vocab.bpe is a text file with spaces between pieces and line ends between merges, so a piece has neither.
+    A printable byte stands for itself; the other 68 get the characters from 256 on: "Ġ" (288) is the space.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -37,8 +37,8 @@ def bytes_to_unicode():
 class Encoder:
     """A tokenizer made from its vocabulary.
 
-    encoder is {piece: id}. bpe_merges are the pairs of pieces to join, as ("l", "ow") or as "l ow", in the order in which
-    they were learned. errors says what decode() does with bytes that are not UTF-8, as in bytes.decode().
+    encoder is {piece: id}. bpe_merges are the pairs of pieces to join, as ("l", "ow") or as "l ow", in the order in
+    which they were learned. errors says what decode() does with bytes that are not UTF-8, as in bytes.decode().
     """
 
     def __init__(self, encoder, bpe_merges, errors="replace"):
@@ -94,7 +94,7 @@ class Encoder:
         return [id for word in WORDS.findall(text) for id in self.cached_ids(word)]
 
     def decode_steps(self, ids):
-        """ids -> a piece of text for each. A character that is split over several tokens comes with the last of them."""
+        """ids -> pieces of text. A character that is split over several tokens comes with the last of them."""
         decoder = codecs.getincrementaldecoder("utf-8")(self.errors)
         for id in ids:
             yield decoder.decode(bytes(self.byte_decoder[character] for character in self.decoder[id]))

@@ -68,10 +68,14 @@ def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
     """Multi-head attention: n_head attentions side by side, each with its own d_head of the n_embd numbers."""
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
-    if cache is not None:  # see "The KV cache" below
-        k, v = extend(cache, k, v, start)  # all keys and values so far, not only the new ones
-    query_positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq], with a cache [n_batch, n_seq]
-    mask = causal_mask(query_positions, np.arange(k.shape[-2]))  # [..., 1, n_seq, n_key]
+    positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq]; for one start a row [n_batch, n_seq]
+    # The KV cache, for generation. A position's keys and values depend only on the tokens up to it, so they stay the
+    # same while the text grows. They are kept: a new token costs one query, and not one for each token of the text.
+    if cache is not None:  # this layer's: [2 (keys, values), n_batch, n_head, n_positions, d_head]
+        for b, at in enumerate(positions):  # each row of the batch is at positions of its own
+            cache[:, b, :, at[0] : at[-1] + 1] = k[b], v[b]  # 2 times [n_head, n_seq, d_head]
+        k, v = cache[:, :, :, : positions.max() + 1]  # all so far: 2 times [n_batch, n_head, n_key, d_head]
+    mask = causal_mask(positions, np.arange(k.shape[-2]))  # [..., 1, n_seq, n_key]
     heads = attention(q, k, v, mask).swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
     return linear(heads.reshape(x.shape), **c_proj)  # mix what the heads have found: [..., n_seq, n_embd]
 
@@ -85,30 +89,18 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, start=0):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
-    With a cache: ids [n_batch, n_seq] -> [n_batch, n_vocab], the logits at the last position of each row only.
+    wte, wpe: word token and position embeddings. blocks: for each layer the weights, in dicts as the functions above
+    take them: blocks[3]["attn"]["c_attn"]["w"]. With a cache, and the start of each row, only the last position of
+    each row gets logits: ids [n_batch, n_seq] -> [n_batch, n_vocab].
     """
     inputs = np.asarray(inputs)
     positions = np.expand_dims(start, -1) + np.arange(inputs.shape[-1])  # [n_seq], with a cache [n_batch, n_seq]
-    x = wte[inputs] + wpe[positions]  # embeddings of token and position, "what" and "where": [..., n_seq, n_embd]
+    x = wte[inputs] + wpe[positions]  # what the token is, and where it is: [..., n_seq, n_embd]
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, cache=None if cache is None else cache[i], start=start)
     if cache is not None:
         x = x[:, -1]  # the next token comes from the last position; the others' logits would be a third of the work
     return layer_norm(x, **ln_f) @ wte.T  # the same matrix reads tokens in and scores them on the way out
-
-
-# ---- The KV cache ---------------------------------------------------------------------------------------------------
-# The keys and values of a position depend only on the tokens up to it, so they stay the same while the text grows. They
-# are kept: a new token then costs one query, and not one for each token of the text. The cache is an array [n_layer, 2
-# (keys, values), n_batch, n_head, n_positions, d_head]. start[b] is the position of the first of the new ids in row b.
-
-
-def extend(cache, k, v, start):
-    """Write k and v of new tokens, each [n_batch, n_head, n_seq, d_head], into a block's cache; return all so far."""
-    n_seq = k.shape[-2]
-    for b, first in enumerate(start):  # each row has positions of its own
-        cache[:, b, :, first : first + n_seq] = k[b], v[b]  # [2, n_head, n_seq, d_head]
-    return cache[:, :, :, : max(start) + n_seq]  # [2, n_batch, n_head, n_key, d_head]
 
 
 # ---- Sampling and generation ----------------------------------------------------------------------------------------
@@ -118,7 +110,7 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     """The probabilities to draw the next token from, in float64: [..., n_vocab] -> [..., n_vocab].
 
     A temperature below 1 favours probable tokens, above 1 improbable ones. top_k then keeps the k most probable tokens,
-    top_p the fewest that together reach probability p (Holtzman et al., 2020). Equals of the last one kept stay, too.
+    top_p the fewest that together reach probability p (Holtzman et al., 2020). Ties with the last one kept stay, too.
     """
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
     logits = np.asarray(logits, np.float64)
@@ -130,7 +122,9 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
         probs = softmax(logits)
         falling = np.sort(probs)[..., ::-1]
         sum_before = falling.cumsum(-1) - falling  # of the more probable tokens
-        last = np.where(sum_before < top_p, falling, 1).min(-1, keepdims=True)  # [..., 1]
+        last = np.where(sum_before < top_p, falling, 1).min(
+            -1, keepdims=True
+        )  # the least probable one to keep: [..., 1]
         logits = np.where(probs < last, -np.inf, logits)
     return softmax(logits)
 
@@ -140,7 +134,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     """Yield the next id of every prompt, [n_batch], step by step. Raises ValueError for a prompt that does not fit.
 
     Greedy (always the highest logit) if temperature is 0 or none of temperature, top_k, top_p and seed is given. Else
-    row b draws from a random stream of its own, made from seed and first_row + b: neighbours make no difference.
+    row b draws from a random stream of its own, made from seed and first_row + b, whatever the other rows do.
     """
     (n_vocab, n_embd), n_ctx, n_batch = params["wte"].shape, len(params["wpe"]), len(prompts)
     lengths, most = [len(prompt) for prompt in prompts], n_ctx - n_tokens_to_generate
@@ -155,10 +149,11 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     cache = np.zeros((len(params["blocks"]), 2, n_batch, n_head, n_positions, n_embd // n_head), np.float32)
     model = {**params, "n_head": n_head, "cache": cache}
 
-    # Prefill: the prompts go through the model, about 256 tokens at a time to bound the memory. Short ones are padded
-    # on the right: a pad comes after every real token of its row, so none of them sees it; new tokens overwrite it. The
-    # last pass has as many tokens as every prompt has, its last ones: then all rows are ready for a new one together.
-    # Of prompts of 2 and 9 tokens, first positions 0-6 of both (5 pads in one), then 0-1 of one and 7-8 of the other.
+    # Prefill: first all rows run through positions 0 to n_before - 1, about 256 tokens at a time to bound the memory.
+    # Shorter prompts are padded on the right: a pad comes after all real tokens of its row, so none of them sees it;
+    # when the row has grown to a pad's position, its token takes the place in the cache. Then each row runs through its
+    # own last n_last tokens, so that all rows end on a real one. Of prompts of 2 and 9 tokens, first positions 0-6 of
+    # both (5 pads in the short one), then 0-1 of the short one (once more) and 7-8 of the long one.
     piece = max(1, 256 // n_batch)
     n_last = min(piece, *lengths)
     n_before = max(lengths) - n_last
@@ -178,7 +173,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
             ids = np.array([stream.choice(n_vocab, p=row) for stream, row in zip(streams, probs)])
         yield ids
         ended |= ids == stop_id
-        if ended.all():  # until then a row that has ended is computed along, and its further ids mean nothing
+        if ended.all():  # until then a row that has ended is computed along; ignore its further ids
             return
         start = [first + inputs.shape[1] for first in start]
         inputs = ids[:, None]  # decode: from now on one token for each row, [n_batch, 1]
@@ -193,12 +188,11 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
-# A model is (encoder, hparams, params). options are those of generate_steps.
 
 
 def complete(prompts, model, batch_size, **options):
-    """Yield each prompt with the text that follows it, batch by batch. A prompt is read only when its batch is due."""
-    encoder, hparams, params = model
+    """Yield each prompt with its text, batch by batch, reading prompts as they are due."""
+    encoder, hparams, params = model  # as utils loads it
     prompts, first_row, end = iter(prompts), 0, encoder.encoder["<|endoftext|>"]
     while batch := list(itertools.islice(prompts, batch_size)):
         ids = [encoder.encode(prompt) or [end] for prompt in batch]
@@ -228,14 +222,14 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None, ba
     return texts[0] if isinstance(prompt, str) else texts
 
 
-def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to_generate=40, model_size="124M",
-        models_dir: str = None, temperature: float = None, top_k: int = None, top_p: float = None, seed: int = None,
-        batch_size=32):  # fmt: skip
+def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to_generate=40,  # noqa: RUF013
+        model_size="124M", models_dir: str = None, temperature: float = None, top_k: int = None,  # noqa: RUF013
+        top_p: float = None, seed: int = None, batch_size=32):  # fmt: skip # noqa: RUF013
     """Continue a text with GPT-2.
 
-    One prompt: its text is shown as it is generated. Several: for each "> prompt", and below it the text. None: asks for
-    prompts, again and again; what comes from a pipe is one prompt. Greedy (always the most probable token) unless
-    temperature, top_k, top_p or seed is given: then tokens are drawn at random.
+    One prompt: the text appears as it is generated. Several: "> prompt", and below it its text. None: asks for prompts
+    until Ctrl-D; a pipe is one prompt. Greedy (always the most probable token) unless temperature, top_k, top_p or
+    seed is given: then tokens are drawn at random.
 
     Args:
         prompts: beginnings of texts
@@ -262,9 +256,9 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
         prompts = [*read_prompts("-", whole=True)]
     model = load_encoder_hparams_and_params(model_size, models_dir)
     if prompts_file or len(prompts) > 1:
-        for prompt, text in complete(prompts, model, batch_size, **options):
-            line = json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)
-            print(line if prompts_file else f"> {prompt}\n{text}", flush=True)
+        for given, text in complete(prompts, model, batch_size, **options):
+            line = json.dumps({"prompt": given, "text": text}, ensure_ascii=False)
+            print(line if prompts_file else f"> {given}\n{text}", flush=True)
     elif prompts:
         show(prompts[0], model, **options)
     else:

@@ -41,23 +41,24 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
     prompts = inputs if any(np.ndim(prompt) for prompt in inputs) else [inputs]
-    start, last, (_, n_embd) = 0 * (end := np.array([*map(len, prompts)])), end.max(), params["wpe"].shape
-    size = len(params["blocks"]), 2, len(prompts), n_head, last + n_tokens_to_generate, n_embd // n_head
+    lengths, n_embd = np.array([len(prompt) for prompt in prompts]), params["wpe"].shape[1]
+    size = len(params["blocks"]), 2, len(prompts), n_head, max(lengths) + n_tokens_to_generate, n_embd // n_head
     model = {**params, "n_head": n_head, "cache": np.zeros(size, np.float32)}
-    gpt2([[*prompt, *[0] * (last - len(prompt))] for prompt in prompts], **model, start=start)
-    ids = [[prompt[-1] for prompt in prompts]]
+    gpt2([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], **model, start=0 * lengths)
+    ids = [np.array([prompt[-1] for prompt in prompts])]
     for step in range(n_tokens_to_generate):
-        ids.append(gpt2(np.array(ids[-1])[:, None], **model, start=end - 1 + step).argmax(-1))
-    rows = np.transpose(ids[1:]).tolist()
-    return rows if prompts is inputs else rows[0]
+        ids.append(gpt2(ids[-1][:, None], **model, start=lengths - 1 + step).argmax(-1))
+    return np.transpose(ids[1:]).tolist() if prompts is inputs else np.ravel(ids[1:]).tolist()
 
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None):
+    [n_new] = utils.check_options(n_tokens_to_generate=n_tokens_to_generate).values()
     encoder, hparams, params = utils.load_encoder_hparams_and_params(model_size, models_dir)
-    n_new, end = utils.check_options(n_tokens_to_generate=n_tokens_to_generate)["n_tokens_to_generate"], encoder.encoder["<|endoftext|>"]
-    ids = [encoder.encode(text) or [end] for text in ([prompt] if isinstance(prompt, str) else prompt)]
-    if max(map(len, ids)) + n_new > hparams["n_ctx"]: raise ValueError(f"prompt and new tokens exceed {hparams['n_ctx']}")
-    texts = [encoder.decode((new + [end])[: (new + [end]).index(end)]) for new in generate(ids, params, hparams["n_head"], n_new)]
-    return texts[0] if isinstance(prompt, str) else texts
+    end, prompts = encoder.encoder["<|endoftext|>"], [prompt] if isinstance(prompt, str) else prompt
+    ids = [encoder.encode(text) or [end] for text in prompts]
+    if max(map(len, ids)) + n_new > hparams["n_ctx"]: raise ValueError(f"longer than {hparams['n_ctx']} tokens in all")
+    new = [row + [end] for row in generate(ids, params, hparams["n_head"], n_new)]
+    texts = [encoder.decode(row[: row.index(end)]) for row in new]
+    return texts if prompts is prompt else texts[0]
 
 if __name__ == "__main__":
     utils.run(main)

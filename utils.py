@@ -4,6 +4,7 @@ Whatever goes wrong on the way (a dropped connection, a full disk, a damaged fil
 the next run would take for good. ValueError and OSError carry one line that says what to do, and run() prints it.
 """
 
+import codecs
 import contextlib
 import functools
 import gc
@@ -25,7 +26,7 @@ MODELS_DIR = Path(__file__).resolve().parent / "models"
 RELEASED = {"124M": 498, "355M": 1419, "774M": 3096, "1558M": 6230}  # megabytes
 DATA = ".data-00000-of-00001"
 FILES = ["encoder.json", "vocab.bpe", "hparams.json", "checkpoint", "model.ckpt.index", "model.ckpt" + DATA]
-SHA256 = {  # the same for all sizes. These two come first, so a server that sends something else is found out at once
+SHA256 = {  # the same for all sizes; fetched first, so a server that sends something else is found out at once
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
@@ -47,11 +48,17 @@ def download_gpt2_files(model_size, model_dir):
     """Fetch the files of a released model that model_dir lacks. Raises OSError: no network, no such file, no space."""
     model_dir, url = Path(model_dir), (os.environ.get("GPT2_MODELS_URL") or URL).rstrip("/") + f"/{model_size}"
     model_dir.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {model_size}, {RELEASED[model_size]} MB, from {url}", file=sys.stderr, flush=True)
     with locked(model_dir):
-        for name in missing_files(model_dir):
-            download(f"{url}/{name}", model_dir / f"{name}.part")
-            (model_dir / f"{name}.part").replace(model_dir / name)
+        names = missing_files(model_dir)
+        if names:
+            print(f"fetching {model_size}, {RELEASED[model_size]} MB, from {url}", file=sys.stderr, flush=True)
+        for name in names:
+            part = model_dir / f"{name}.part"
+            download(f"{url}/{name}", part)
+            if name in SHA256 and hashlib.sha256(part.read_bytes()).hexdigest() != SHA256[name]:
+                part.unlink()
+                raise OSError(f"{url}/{name} is some other file (its SHA-256 is not that of OpenAI's)")
+            part.replace(model_dir / name)
 
 
 @contextlib.contextmanager
@@ -79,17 +86,13 @@ def download(url, part):
         size = part.stat().st_size if part.exists() else 0
         try:
             return fetch(url, part, size)
-        except requests.RequestException as error:
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             cause = error
             while cause.__context__:  # the first cause says it in plain words: "Connection refused"
                 cause = cause.__context__
             reason = getattr(cause, "strerror", None) or cause
             if isinstance(error.args[0], MaxRetryError):
                 raise OSError(f"cannot reach {url}: {reason}; --model_size 2M works without a network") from None
-            if isinstance(error, (requests.HTTPError, ValueError)):  # ValueError: this is no URL
-                raise OSError(f"cannot fetch {url}: {reason}") from None
-        except OSError as error:
-            raise OSError(f"{part}: {error.strerror}; what has arrived is kept, run again to go on") from None
         tries = 1 if part.exists() and part.stat().st_size > size else tries + 1
         print(f"{url}: {reason} (try {tries} of {TRIES})", file=sys.stderr, flush=True)
         time.sleep(2**tries / 8)  # seconds
@@ -97,36 +100,35 @@ def download(url, part):
 
 
 def fetch(url, part, size):
-    """Append the bytes of url from size on to part. Raises requests.HTTPError if another try would be in vain."""
+    """Append the bytes of url from size on to part. ConnectionError means: try again, HTTPError: it is no use."""
     import requests
     from tqdm import tqdm
 
     headers = {"Range": f"bytes={size}-", "Accept-Encoding": "identity"}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 15)) as response:  # seconds to connect, to read
         status, content_range = response.status_code, response.headers.get("Content-Range", "")
-        match = re.fullmatch(rf"bytes (?:{size}-\d+|\*)/(\d+)", content_range)
-        if status == 200:  # the whole file, whatever was asked for
-            size, total = 0, int(response.headers.get("Content-Length", 0))  # 0: it is not said
-        elif status == 206 and match:  # the bytes from size on
+        match = re.fullmatch(rf"bytes {size}-\d+/(\d+)", content_range)
+        if status == 416 and content_range == f"bytes */{size}":
+            return  # nothing comes after these bytes: the file is complete
+        if status == 416 and size:
+            part.unlink()
+        if status == 200:  # the whole file: this server knows no ranges
+            size, total = 0, int(response.headers.get("Content-Length", 0))  # 0: it does not say
+        elif status == 206 and match:  # what was asked for
             total = int(match[1])
-        elif status == 416:  # there are none from size on
-            total = int(match[1]) if match else -1
-        elif status in (206, 500, 502, 503, 504):
+        elif status in (206, 416) or status >= 500:
             raise requests.ConnectionError(f"HTTP status {status} {content_range}")
         else:
-            raise requests.HTTPError(f"HTTP status {status}")
+            raise requests.HTTPError(f"cannot fetch {url}: HTTP status {status}")
         bar = tqdm(desc=part.stem, total=total, initial=size, unit="B", unit_scale=True, disable=None)
         with bar, open(part, "ab" if size else "wb") as f:
-            for chunk in response.iter_content(2**14) if status != 416 else []:
+            for chunk in response.iter_content(2**14):
                 bar.update(f.write(chunk))
     size = part.stat().st_size
     if total and size > total:
         part.unlink()
     if total and size != total:
         raise requests.ConnectionError(f"{size} bytes came, of {total}")
-    if part.stem in SHA256 and hashlib.sha256(part.read_bytes()).hexdigest() != SHA256[part.stem]:
-        part.unlink()
-        raise requests.HTTPError("this is some other file (its SHA-256 is not that of OpenAI's)")
 
 
 # ---- Check and map --------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def reading(path):
     """Turn whatever goes wrong while a file is read into one line that names it and says what to do."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         reason = str(error).split("\n")[0]
         mend = "put a good copy in its place (a released model: delete it, and the next run fetches it)"
         raise ValueError(f"{path} is missing or damaged ({type(error).__name__}: {reason}); {mend}") from None
@@ -169,7 +171,7 @@ def n_bytes(shapes):
 
 
 def map_data(path, shapes):
-    """The tensors as views of a data file that is nothing but these, in the order of their names. Nothing is read."""
+    """The tensors as views of a data file that holds only these, in the order of their names. Nothing is read."""
     floats, tensors, start = np.memmap(path, "<f4", "r").view(np.ndarray), {}, 0
     for name, shape in sorted(shapes.items()):
         tensors[name] = floats[start : start + math.prod(shape)].reshape(shape)
@@ -211,9 +213,9 @@ def read_through_tensorflow(tf_ckpt_path, shapes):
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """The weights, a nested dict of float32 arrays: params["blocks"][3]["attn"]["c_attn"]["w"].
 
-    They are mapped into memory and not read, which takes no time. The first time TensorFlow verifies them; a note with
-    the sizes and times of the files spares later runs that. A checkpoint with more in it, or in another order, is read
-    through TensorFlow every time. Raises ValueError or OSError.
+    They are mapped into memory and not read, which takes no time. The first run verifies them through TensorFlow and
+    notes the sizes and times of the files; later runs skip that. A checkpoint with more in it, or in another order, is
+    read through TensorFlow every time. Raises ValueError or OSError.
     """
     shapes, data, note = tensor_shapes(hparams), Path(tf_ckpt_path + DATA), Path(tf_ckpt_path + ".checked.json")
     with reading(data):
@@ -231,7 +233,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         try:
             note.write_text(checked if is_mapped else "")
         except OSError as error:
-            print(f"(so it is every time, because {note} cannot be written: {error.strerror})", file=sys.stderr)
+            print(f"(this comes every time, because {note} cannot be written: {error.strerror})", file=sys.stderr)
     params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
     for name, tensor in tensors.items():
         _, *keys, last = name.split("/")  # model/h3/attn/c_attn/w
@@ -253,8 +255,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
     models_dir = Path(models_dir or MODELS_DIR)
     model_dir, there = models_dir / model_size, sorted(path.parent.name for path in models_dir.glob("*/checkpoint"))
     if model_size in RELEASED:
-        if missing_files(model_dir):
-            download_gpt2_files(model_size, model_dir)
+        download_gpt2_files(model_size, model_dir)
     elif model_size not in there:
         known = f"there are {', '.join(there)}; {', '.join(RELEASED)} can be fetched"
         raise ValueError(f"no model {model_size!r} in {models_dir}: {known}")
@@ -295,9 +296,13 @@ def check_options(**options):
 
 
 def read_prompts(path, whole=False):
-    """Yield the lines of a UTF-8 file ("-": standard input) without their ends, or the whole of it as one."""
-    with open(0 if path == "-" else path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as f:
-        for text in [f.read()] if whole else f:
+    """Yield the lines of a file ("-": standard input) without their ends, or the whole of it as one prompt."""
+    with open(0 if path == "-" else path, "rb") as f:
+        for number, data in enumerate([f.read()] if whole else f, 1):
+            try:
+                text = data.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"prompt {number} is not UTF-8 text: {error}") from None
             yield text.removesuffix("\n").removesuffix("\r")
 
 

@@ -83,7 +83,7 @@ def run(*args, script="gpt2.py", input="", env=None, cwd=ROOT, timeout=300):
 
 def error_of(result):
     """The one line of a mistake: status 1, nothing on standard output, no traceback."""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("checking ")]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("checking ", "fetching "))]
     assert (result.returncode, result.stdout, len(lines)) == (1, "", 1), result
     assert lines[0].startswith("error: ")
     return lines[0]

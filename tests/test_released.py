@@ -18,7 +18,7 @@ TURING = "Alan Turing theorized that computers would one day become"  # README o
 BECOME = """ the most powerful machines on the planet.
 
 The computer is a machine that can perform complex calculations, and it can perform these calculations in a way that is very similar to the human brain.
-"""  # noqa: E501
+"""
 DOG = [373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688, 27262, 13, 198, 198, 464, 3290]
 
 TEXTS = [("124M", TURING, BECOME), *[("2M", golden["prompt"], golden["text"]) for golden in GOLDEN]]
