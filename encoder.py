@@ -60,16 +60,14 @@ class Encoder:
         """Split a word, written in the characters of bytes_to_unicode(), into its pieces: "lower" -> "low er".
 
         Start with single characters. Of all neighbours that may be joined, join the pair that was learned first (the
-        leftmost, if it is there more than once). Repeat until no two neighbours may be joined.
-
-        To search the whole word for that pair after every join would take n * n steps for n characters. A heap that
-        always has the next pair on top takes n log n.
+        leftmost, if it is there more than once). Repeat until no two neighbours may be joined. To search the whole word
+        for that pair after every join takes n * n steps; a heap, which always has the next pair on top, n log n.
         """
         pieces = [*token, ""]  # the empty piece marks the end; no merge has an empty part
         after = [*range(1, len(pieces)), 0]  # the right neighbour of pieces[i] is pieces[after[i]]
         before = [*range(-1, len(token))]  # and the left one pieces[before[i]]; both run in a circle, through the end
-        heap = [(self.rank(pieces[i], pieces[i + 1]), i) for i in range(len(token))]
-        heap = [(rank, i) for rank, i in heap if rank is not None]
+        ranks = enumerate(map(self.rank, pieces, pieces[1:]))
+        heap = [(rank, i) for i, rank in ranks if rank is not None]
         heapq.heapify(heap)
         while heap:
             rank, i = heapq.heappop(heap)

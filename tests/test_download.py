@@ -1,8 +1,6 @@
 """The download: whatever a server, a disk or a signal does, the files end up identical, or the reason is one line."""
 
-import contextlib
 import http.server
-import itertools
 import os
 import re
 import resource
@@ -20,9 +18,7 @@ import utils
 
 DATA = "model.ckpt.data-00000-of-00001"
 FILES = ["encoder.json", "vocab.bpe", "hparams.json", "checkpoint", "model.ckpt.index", DATA]
-HPARAMS = {"n_vocab": 50257, "n_ctx": 64, "n_embd": 4, "n_head": 2, "n_layer": 2}
-
-# ---- A server that can go wrong -------------------------------------------------------------------------------------
+HPARAMS = {"n_vocab": 50257, "n_ctx": 64, "n_embd": 4, "n_head": 2, "n_layer": 2}  # a tiny model, served as 124M
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -30,14 +26,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, name = self.server, self.path.removeprefix("/models/124M/")
         start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
         server.requests.append((name, start))
-        with contextlib.suppress(ConnectionError):
-            self.answer(server.files[name], start, **next(server.faults.get(name, iter(())), {}))
+        self.answer(server.files[name], start, **next(server.faults.get(name, iter(())), {}))
 
-    def answer(self, body, start, status=206, length=None, content_range="bytes {}-{}/{}", more=b"", n=None, stall=False):
-        """A good server's answer, if nothing else is wanted. n: only so many bytes of it, and the connection ends."""
+    def answer(self, body, start, status=206, length=None, content_range="bytes {}-{}/{}", more=b"", n=None, stall=0):
+        """A good server's answer, if nothing else is wanted. n: only so many bytes. status None: hang up."""
+        if not status:
+            return
         if status == 206 and start >= len(body):
             status, content_range = 416, "bytes */{2}"
-        piece = (body[start:] if status == 206 else body if status == 200 else b"") + more
+        piece = {200: body, 206: body[start:]}.get(status, b"") + more
         self.send_response(status)
         if length is not False:
             self.send_header("Content-Length", len(piece) if length is None else length)
@@ -46,22 +43,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         for at in range(0, len(piece[:n]), 2**14):
             self.server.send(self.wfile, piece[:n][at : at + 2**14])
-        if stall:
-            self.server.go.wait()
+        self.server.go.wait(stall)
 
-    def log_message(self, *_):
-        pass
+    def log_message(self, *_): ...
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves files under /models/124M/. faults: {name: iterator of options for Handler.answer}.
-
-    It also has the folder they are to come into, and notes the pauses between tries.
-    """
+    """Serves files under /models/124M/. faults: {name: iterator of options for Handler.answer}."""
 
     def __init__(self, files, folder):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.folder, self.faults, self.requests, self.pauses = dict(files), folder, {}, [], []
+        self.files, self.folder, self.faults, self.requests, self.pauses = files, folder, {}, [], []
         self.left, self.stopped, self.go = 10**12, threading.Event(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/models"
 
@@ -75,6 +67,9 @@ class Server(http.server.ThreadingHTTPServer):
             to.write(piece)
         self.left -= len(piece)
 
+    def handle_error(self, *_):
+        """The other side is gone."""
+
     def asked(self):
         """The requests since the last call: [(name, from which byte on)]."""
         asked, self.requests = self.requests, []
@@ -82,41 +77,29 @@ class Server(http.server.ThreadingHTTPServer):
 
     def fill(self, name, part=None):
         """Put all files but one into the folder, and of that one a part."""
-        for other in FILES:
+        for other in {*FILES} - {name}:
             (self.folder / other).write_bytes(self.files[other])
-        (self.folder / name).unlink()
         if part is not None:
             (self.folder / f"{name}.part").write_bytes(part)
 
     def download(self):
         utils.download_gpt2_files("124M", self.folder)
 
-    def load(self):
-        return utils.load_encoder_hparams_and_params("124M", self.folder.parent)
-
     def assert_whole(self):
-        assert {path.name: path.read_bytes() == self.files[path.name] for path in self.folder.iterdir()} == {
-            name: True for name in FILES
-        }
-
-
-@pytest.fixture(scope="session")
-def released(tmp_path_factory, vocabulary):
-    """{name: bytes}: a tiny model with the released vocabulary, to be served as 124M."""
-    folder = tmp_path_factory.mktemp("released")
-    write_checkpoint(folder, HPARAMS, random_tensors(HPARAMS))
-    return {name: ((vocabulary if name in FILES[:2] else folder) / name).read_bytes() for name in FILES}
+        there = {path.name: path.read_bytes() == self.files.get(path.name) for path in self.folder.iterdir()}
+        assert there == dict.fromkeys(FILES, True)
 
 
 @pytest.fixture
-def server(released, tmp_path, monkeypatch):
-    """The server, GPT2_MODELS_URL, no pauses between tries, and no patience with a server."""
+def server(tmp_path, vocabulary, monkeypatch):
+    """The server, GPT2_MODELS_URL, an empty folder, pauses that are only noted, and no patience with a server."""
+    write_checkpoint(tmp_path / "released", HPARAMS, random_tensors(HPARAMS))
+    files = {name: ((vocabulary if name in FILES[:2] else tmp_path / "released") / name).read_bytes() for name in FILES}
     (tmp_path / "models/124M").mkdir(parents=True)
-    server, send = Server(released, tmp_path / "models/124M"), requests.adapters.HTTPAdapter.send
+    server, send = Server(files, tmp_path / "models/124M"), requests.adapters.HTTPAdapter.send
 
-    def impatient_send(self, request, **options):
-        assert max(options["timeout"]) <= 60
-        return send(self, request, **{**options, "timeout": (1, 0.3)})
+    def impatient_send(*args, timeout, **options):
+        return send(*args, timeout=min(timeout, (5, 1)), **options)  # fails if there is no timeout
 
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", impatient_send)
     monkeypatch.setattr(time, "sleep", server.pauses.append)
@@ -128,35 +111,22 @@ def server(released, tmp_path, monkeypatch):
     server.server_close()
 
 
-# ---- When all goes well, and parts ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("slash", ["", "/"])
-def test_all_files(server, monkeypatch, capfd, slash):
-    monkeypatch.setenv("GPT2_MODELS_URL", server.url + slash)
-    server.download()
-    assert server.asked() == [(name, 0) for name in FILES] and not server.pauses
-    assert capfd.readouterr() == ("", f"fetching 124M, 498 MB, from {server.url}/124M\n")  # bars are for terminals
-    server.download()
-    assert server.asked() == []
-    server.assert_whole()
-
-
 def test_the_command_downloads_checks_and_runs(server):
-    args = ["Once", "--n_tokens_to_generate", "3", "--models_dir", server.folder.parent]
-    first, second = run(*args), run(*args)
+    env = {"GPT2_MODELS_URL": f"{server.url}/"}
+    first, second = (run("Once", "--models_dir", server.folder.parent, env=env) for _ in range(2))
     assert first.stderr == f"fetching 124M, 498 MB, from {server.url}/124M\nchecking 124M …\n"
-    assert [name for name, _ in server.asked()] == FILES
     assert (first.returncode, second.returncode, second.stdout, second.stderr) == (0, 0, first.stdout, "")
+    assert server.asked() == [(name, 0) for name in FILES]
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("share", [None, 0, 0.5, 1])
+@pytest.mark.parametrize("share", [None, 0, 0.5, 1, 2])
 def test_only_what_is_missing_is_fetched(server, name, share):
+    """A part is resumed where it ends, whole, or too long, and then dropped."""
     size = int((share or 0) * len(server.files[name]))
-    server.fill(name, None if share is None else server.files[name][:size])
+    server.fill(name, None if share is None else (server.files[name] * 2)[:size])
     server.download()
-    assert server.asked() == [(name, size)]
+    assert server.asked() == [(name, size)] + [(name, 0)] * (share == 2)
     server.assert_whole()
 
 
@@ -164,94 +134,132 @@ def test_only_what_is_missing_is_fetched(server, name, share):
 def test_a_data_file_that_ends_early_is_resumed(server, size):
     server.fill(DATA)
     (server.folder / DATA).write_bytes(server.files[DATA][:size])
-    server.load()
+    utils.load_encoder_hparams_and_params("124M", server.folder.parent)
     assert server.asked() == [(DATA, size % len(server.files[DATA]))]
     assert (server.folder / DATA).read_bytes() == server.files[DATA]
 
 
-@pytest.mark.parametrize(("name", "fault"), [(DATA, {}), (DATA, {"status": 200}), ("hparams.json", {})])
-def test_a_part_that_is_too_long_is_dropped(server, name, fault):
-    server.fill(name, server.files[name] + b"more")
-    server.faults[name] = iter([fault])
-    server.download()
-    server.assert_whole()
-
-
-def test_a_part_of_another_data_file_is_not_believed(server):
-    server.fill(DATA, b"x" * 1000)
-    with pytest.raises(ValueError, match="data-00000-of-00001"):
-        server.load()
-    (server.folder / DATA).unlink()  # as the message says
-    server.load()
-    assert (server.folder / DATA).read_bytes() == server.files[DATA]
-
-
-def test_a_server_that_understates_the_length(server):
-    """A data file that is too short is an error, not weights; the next run fetches the rest."""
-    server.faults[DATA] = iter([{"status": 200, "n": 1000, "length": 1000}])
-    with pytest.raises((ValueError, OSError), match=f"{DATA}.*1000"):
-        server.load()
-    server.asked()
-    server.load()
-    assert server.asked() == [(DATA, 1000)]
-
-
-# ---- Faults on the way ----------------------------------------------------------------------------------------------
-
-HANG_UP = {"status": 444, "length": 0}
-PASSING = {  # what goes wrong at byte 100000, and where the next request may begin (none: there is no need for one)
-    "hang up": ({"status": None}, [100_000]),
-    "dropped at once": ({"n": 0}, [100_000]),
-    "dropped": ({"n": 300_000}, range(380_000, 400_001)),
-    "dropped, no length": ({"n": 300_000, "length": False}, [400_000]),
-    "stalled": ({"n": 300_000, "stall": True}, range(380_000, 400_001)),
-    "500": ({"status": 500, "more": b"some page"}, [100_000]),
-    "503": ({"status": 503}, [100_000]),
-    "lying range": ({"content_range": "bytes 0-9/10"}, [100_000]),
-    "range from 99999 on": ({"content_range": "bytes 99999-999999/1000000"}, [100_000]),
-    "no range": ({"content_range": None}, [100_000]),
-    "too long": ({"more": b"more"}, [0]),
-    "short": ({"n": 300_000, "length": 300_000}, [400_000]),
-    "416": ({"status": 416, "content_range": None}, [0]),
-    "from the start, dropped": ({"status": 200, "n": 300_000}, range(280_000, 300_001)),
-    "from the start": ({"status": 200}, []),
-    "from the start, no length": ({"status": 200, "length": False}, []),
+HANG_UP, OFFSET = {"status": None}, 100_000
+PASSING = {  # what goes wrong from OFFSET on, and where the requests after that may begin (none: there need not be any)
+    "hung up 4 times": ([HANG_UP] * 4, [OFFSET]),
+    "dropped": ([{"n": 300_000}], range(380_000, 400_001)),
+    "dropped, no length": ([{"n": 300_000, "length": False}], [400_000]),
+    "dropped and 503 again and again": ([{"n": 50_000}, {"status": 503}] * 9, range(OFFSET, 600_000)),
+    "stalled": ([{"n": 300_000, "stall": 99}], range(380_000, 400_001)),
+    "500": ([{"status": 500, "more": b"some page"}], [OFFSET]),
+    "lying range": ([{"content_range": "bytes 0-9/10"}], [OFFSET]),
+    "range from 99999 on": ([{"content_range": "bytes 99999-999999/1000000"}], [OFFSET]),
+    "no range": ([{"content_range": None}], [OFFSET]),
+    "too long": ([{"more": b"more"}], [0]),
+    "short": ([{"n": 300_000, "length": 300_000}], [400_000]),
+    "416": ([{"status": 416, "content_range": None}], [0]),
+    "from the start, dropped": ([{"status": 200, "n": 300_000}], range(280_000, 300_001)),
+    "from the start": ([{"status": 200}], []),
+    "from the start, no length": ([{"status": 200, "length": False}], []),
 }
 
 
 @pytest.mark.parametrize("name", ["encoder.json", DATA])
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_passing_fault_is_made_good(server, capfd, name, fault):
-    options, then = PASSING[fault]
-    server.fill(name, server.files[name][:100_000])
-    server.faults[name] = iter([options])
+    """As long as something arrives there is no reason to give up."""
+    faults, then = PASSING[fault]
+    server.fill(name, server.files[name][:OFFSET])
+    server.faults[name] = iter(faults)
     server.download()
     [first, *others], [_, *said] = server.asked(), capfd.readouterr().err.splitlines()
-    assert first == (name, 100_000) and len(others) == len(said) == len(server.pauses) == bool(then)
-    assert all(start in then for _, start in others) and all(name in line for line in said)
-    assert all(0 < pause < 10 for pause in server.pauses)
+    assert first == (name, OFFSET) and all(start in then for _, start in others)
+    assert len(others) == len(said) == len(server.pauses) == (len(faults) if then else 0)
+    assert all(name in line for line in said) and all(0 < pause < 10 for pause in server.pauses)
     server.assert_whole()
 
 
-@pytest.mark.parametrize("faults", [[{"n": 50_000}, {"status": 503}] * 14, [{"status": None}] * 4], ids=["28", "4"])
-def test_many_faults_are_made_good_while_it_goes_on(server, faults):
-    """As long as something arrives there is no reason to give up."""
-    server.faults[DATA] = iter(faults)
-    server.download()
-    assert len(server.asked()) == len(FILES) + len(faults)
-    server.assert_whole()
-
-
-LASTING = [{"n": 0}, {"status": None}, {"status": 503}, {"content_range": "bytes 0-9/10"}]
-
-
-@pytest.mark.parametrize(("fault", "n_asked"), [(fault, 5) for fault in LASTING] + [({"status": 404}, 1), ({"status": 403}, 1)])
-def test_a_lasting_fault_is_one_line_and_the_part_is_kept(server, fault, n_asked):
-    server.fill(DATA, server.files[DATA][:1000])
-    server.faults[DATA] = itertools.repeat(fault)
+@pytest.mark.parametrize("fault", [{"n": 0}, HANG_UP, {"status": 503}, {"status": 404}, {"status": 403}])
+def test_a_lasting_fault_is_one_line_and_the_part_is_kept(server, fault):
+    server.fill(DATA, server.files[DATA][:OFFSET])
+    server.faults[DATA] = iter([fault] * 99)
     with pytest.raises(OSError, match=re.escape(f"{server.url}/124M/{DATA}")) as error:
         server.download()
     assert not re.search(r"\n|Pool|0x|Errno|Error\(", str(error.value))
-    assert server.asked() == [(DATA, 1000)] * n_asked and len(server.pauses) >= n_asked - 1
-    assert (server.folder / f"{DATA}.part").read_bytes() == server.files[DATA][:1000]
+    n_asked = 1 if fault.get("status") in (403, 404) else 5
+    assert server.asked() == [(DATA, OFFSET)] * n_asked and len(server.pauses) >= n_asked - 1
+    assert (server.folder / f"{DATA}.part").read_bytes() == server.files[DATA][:OFFSET]
     assert not (server.folder / DATA).exists()
+
+
+@pytest.mark.parametrize("name", FILES[:2])
+def test_a_wrong_vocabulary_is_refused_at_once(server, name):
+    server.fill(name, b"x" * 1000)
+    with pytest.raises(OSError, match=re.escape(f"{server.url}/124M/{name}")):
+        server.download()
+    assert len(server.asked()) == 1 and {*os.listdir(server.folder)} == {*FILES} - {name}
+    server.download()
+    server.assert_whole()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://no-such-host.invalid", "nonsense", "login page"])
+def test_no_network_is_one_line_and_nothing_is_left(server, url):
+    """One line, so it was tried once. "login page": a server that sends it whatever is asked for."""
+    server.files |= dict.fromkeys(FILES, b"<html>Log in first</html>")
+    hint, url = url.startswith("http"), server.url if url == "login page" else url
+    line = error_of(run("Once", "--models_dir", server.folder.parent, env={"GPT2_MODELS_URL": url}))
+    assert f"{url}/124M/{FILES[0]}" in line and ("--model_size 2M" in line) == hint
+    assert not re.search(r"Pool|0x|Errno|\wError", line) and not os.listdir(server.folder)
+
+
+def test_a_full_disk_keeps_the_part(server):
+    server.fill(DATA)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            server.download()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (server.folder / f"{DATA}.part").read_bytes() == server.files[DATA][:500_000]
+    server.download()
+    assert server.asked() == [(DATA, 0), (DATA, 500_000)]
+    server.assert_whole()
+
+
+DOWNLOAD = "import sys, utils; print('begins', flush=True); utils.download_gpt2_files('124M', sys.argv[1])"
+
+
+def start(*args):
+    return subprocess.Popen(
+        [sys.executable, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("point", [0, 300_000, 1_042_301, 1_300_000, 1_498_800, 1_900_000])
+def test_a_run_that_is_killed_is_resumed(server, point, by):
+    """Once so many bytes are sent the server waits, and the command is killed. SIGINT is Ctrl-C."""
+    server.left = point
+    process = start(ROOT / "gpt2.py", "Once", "--models_dir", server.folder.parent)
+    assert server.stopped.wait(60) and not server.go.wait(0.3)
+    process.send_signal(by)
+    assert process.communicate(timeout=60)[1].count("\n") == 1 and process.returncode == -by
+    done = {path.name: path.stat().st_size for path in server.folder.iterdir()}
+    assert point - 40_000 <= sum(done.values()) <= point
+    server.asked()
+    server.download()
+    assert server.asked() == [(name, done.get(f"{name}.part", 0)) for name in FILES if name not in done]
+    server.assert_whole()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_another_run_waits_and_takes_over(server, killed):
+    server.left = 300_000
+    first = start("-c", DOWNLOAD, server.folder)
+    assert server.stopped.wait(60)
+    second = start("-c", DOWNLOAD, server.folder)
+    assert second.stdout.readline() == "begins\n" and not server.go.wait(0.3)
+    assert server.asked() == [(FILES[0], 0)]
+    first.kill() if killed else server.go.set()
+    for process in first, second:
+        process.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (-signal.SIGKILL if killed else 0, 0)
+    asked = server.asked()
+    assert [name for name, _ in asked] == (FILES if killed else FILES[1:]) and (asked[0][1] > 250_000) == killed
+    server.assert_whole()
