@@ -70,10 +70,18 @@ def locked(folder):
 
     fd = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run that fetches {folder}", file=sys.stderr, flush=True)
+            fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
 
 
 def download(url, part):
@@ -81,11 +89,10 @@ def download(url, part):
     import requests
     from urllib3.exceptions import MaxRetryError
 
-    tries = 0
-    while tries < TRIES:
-        size = part.stat().st_size if part.exists() else 0
+    tries = furthest = 0
+    while True:
         try:
-            return fetch(url, part, size)
+            return fetch(url, part, size_of(part))
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             cause = error
             while cause.__context__:  # the first cause says it in plain words: "Connection refused"
@@ -93,10 +100,17 @@ def download(url, part):
             reason = getattr(cause, "strerror", None) or cause
             if isinstance(error.args[0], MaxRetryError):
                 raise OSError(f"cannot reach {url}: {reason}; --model_size 2M works without a network") from None
-        tries = 1 if part.exists() and part.stat().st_size > size else tries + 1
-        print(f"{url}: {reason} (try {tries} of {TRIES})", file=sys.stderr, flush=True)
+        except requests.RequestException:
+            raise
+        except OSError as error:
+            raise OSError(f"{part}: {error.strerror}; what has arrived is kept, run again to go on") from None
+        if size_of(part) > furthest:  # while more and more arrives there is no reason to give up
+            tries, furthest = 0, size_of(part)
+        tries += 1
+        if tries == TRIES:
+            raise OSError(f"cannot fetch {url}: {reason}; what has arrived is kept, run again to go on")
+        print(f"{url}: {reason}; trying again ({tries + 1} of {TRIES})", file=sys.stderr, flush=True)
         time.sleep(2**tries / 8)  # seconds
-    raise OSError(f"cannot fetch {url}: {reason}; what has arrived is kept, run again to go on")
 
 
 def fetch(url, part, size):
@@ -183,11 +197,13 @@ def map_data(path, shapes):
 def no_stderr():
     """Silence file descriptor 2: TensorFlow writes to it from C++."""
     kept = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     try:
         yield
     finally:
         os.dup2(kept, 2)
+        os.close(kept)
 
 
 def read_through_tensorflow(tf_ckpt_path, shapes):
@@ -223,8 +239,10 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         if stats[0].st_size < n_bytes(shapes):
             raise ValueError(f"{stats[0].st_size} bytes, by hparams.json it should be {n_bytes(shapes)}")
     checked = json.dumps([[(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats], sorted(shapes.items())])
-    tensors = map_data(data, shapes) if stats[0].st_size == n_bytes(shapes) else {}
-    if not tensors or not note.exists() or note.read_bytes() != checked.encode():
+    tensors, noted = map_data(data, shapes) if stats[0].st_size == n_bytes(shapes) else {}, ""
+    with contextlib.suppress(OSError, ValueError):
+        noted = note.read_text("utf-8")
+    if not tensors or noted != checked:
         print(f"checking {data.parent.name} …", file=sys.stderr, flush=True)
         is_mapped = bool(tensors)
         for name, tensor in read_through_tensorflow(tf_ckpt_path, shapes):
@@ -257,7 +275,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
     if model_size in RELEASED:
         download_gpt2_files(model_size, model_dir)
     elif model_size not in there:
-        known = f"there are {', '.join(there)}; {', '.join(RELEASED)} can be fetched"
+        known = f"there are {', '.join(there) or 'none'}; {', '.join(RELEASED)} can be fetched"
         raise ValueError(f"no model {model_size!r} in {models_dir}: {known}")
     with reading(model_dir / "checkpoint"):
         text = (model_dir / "checkpoint").read_text("utf-8")

@@ -20,9 +20,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import utils
 
-GOLDEN = json.loads(
-    (ROOT / "tests/golden-2M.json").read_text("utf-8")
-)  # computed with HF transformers' GPT2LMHeadModel
+GOLDEN = json.loads((ROOT / "tests/golden-2M.json").read_text("utf-8"))  # by HF transformers' GPT2LMHeadModel
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,14 +23,15 @@ HPARAMS = {"n_vocab": 50257, "n_ctx": 64, "n_embd": 4, "n_head": 2, "n_layer": 2
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        server, name = self.server, self.path.removeprefix("/models/124M/")
-        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        name, server = self.path.removeprefix("/models/124M/"), self.server
+        headers = " ".join(self.headers.get_all("Range") + self.headers.get_all("Accept-Encoding"))
+        start = int(re.fullmatch(r"bytes=(\d+)- identity", headers)[1])
         server.requests.append((name, start))
         self.answer(server.files[name], start, **next(server.faults.get(name, iter(())), {}))
 
     def answer(self, body, start, status=206, length=None, content_range="bytes {}-{}/{}", more=b"", n=None, stall=0):
         """A good server's answer, if nothing else is wanted. n: only so many bytes. status None: hang up."""
-        if not status:
+        if not status or len(self.server.requests) > 99:  # there is no end to it
             return
         if status == 206 and start >= len(body):
             status, content_range = 416, "bytes */{2}"
@@ -147,8 +148,7 @@ PASSING = {  # what goes wrong from OFFSET on, and where the requests after that
     "dropped and 503 again and again": ([{"n": 50_000}, {"status": 503}] * 9, range(OFFSET, 600_000)),
     "stalled": ([{"n": 300_000, "stall": 99}], range(380_000, 400_001)),
     "500": ([{"status": 500, "more": b"some page"}], [OFFSET]),
-    "lying range": ([{"content_range": "bytes 0-9/10"}], [OFFSET]),
-    "range from 99999 on": ([{"content_range": "bytes 99999-999999/1000000"}], [OFFSET]),
+    "lying range": ([{"content_range": "bytes 99999-{1}/{2}"}], [OFFSET]),
     "no range": ([{"content_range": None}], [OFFSET]),
     "too long": ([{"more": b"more"}], [0]),
     "short": ([{"n": 300_000, "length": 300_000}], [400_000]),
@@ -212,7 +212,7 @@ def test_a_full_disk_keeps_the_part(server):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(OSError, match=f"{DATA}.*too large"):
             server.download()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,15 +1,14 @@
 """One import away: with JAX's NumPy in the place of NumPy, gpt2() compiles, differentiates and runs on many devices."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN
 
 import gpt2
 
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # the processor plays eight devices
 jax = pytest.importorskip("jax", reason="JAX is optional: pip install jax")
 IDS = GOLDEN[3]["ids"]
 
@@ -90,29 +89,14 @@ def test_grad(model, monkeypatch):
         assert slope[place] == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-3)
 
 
-SHARDED = """
-import sys
-import jax, numpy as np
-import gpt2, utils
-
-_, hparams, params = utils.load_encoder_hparams_and_params("2M", "models")
-inputs = np.random.default_rng(0).integers(hparams["n_vocab"], size=(16, 12))
-expected = gpt2.gpt2(inputs, **params, n_head=hparams["n_head"])
-
-gpt2.np = jax.numpy
-mesh = jax.sharding.Mesh(np.array(jax.devices()), ["batch"])
-inputs = jax.device_put(inputs, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch")))
-logits = jax.jit(gpt2.gpt2, static_argnames="n_head")(inputs, **params, n_head=hparams["n_head"])
-print(len(jax.devices()), {shard.data.shape for shard in logits.addressable_shards}, abs(logits - expected).max() < 5e-4)
-"""
-
-
-def test_sharded_batch(model):
+def test_sharded_batch(model, on_jax):
     """A batch of 16 over 8 devices: each computes two rows, together they are NumPy's."""
-    flags = "--xla_force_host_platform_device_count=8"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run(
-        [sys.executable, "-c", SHARDED], check=False, cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    n_vocab = model[1]["n_vocab"]
-    assert result.stdout.split("\n")[-2:-1] == [f"8 {{(2, 12, {n_vocab})}} True"], result.stderr
+    _, hparams, params = model
+    inputs = np.random.default_rng(0).integers(hparams["n_vocab"], size=(16, 12))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ["batch"])
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
+    compiled = jax.jit(gpt2.gpt2, static_argnames="n_head")
+    logits = compiled(jax.device_put(inputs, rows), **params, n_head=hparams["n_head"])
+    shapes = [shard.data.shape for shard in logits.addressable_shards]
+    assert shapes == [(2, 12, hparams["n_vocab"])] * 8
+    np.testing.assert_allclose(logits, numpy_logits(model, inputs), rtol=0, atol=5e-4)

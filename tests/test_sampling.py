@@ -124,15 +124,6 @@ def test_off(options):
     assert np.array_equal(gpt2.sample_probs(logits, **options), gpt2.sample_probs(logits))
 
 
-@pytest.mark.parametrize("offset", [0, 1e9])
-@pytest.mark.parametrize("temperature, expected", [(1e-300, [0, 1, 0]), (0, [0, 1, 0]), (1e300, [1 / 3] * 3)])
-def test_extreme_temperatures(temperature, expected, offset):
-    """The limits, without an overflow, wherever the logits lie."""
-    with np.errstate(over="raise", invalid="raise", divide="raise"):
-        probs = gpt2.sample_probs(np.array([-60, 40, 39.5]) + offset, temperature)
-    np.testing.assert_allclose(probs, expected, rtol=1e-12)
-
-
 def test_nucleus_of_a_large_vocabulary():
     """50,257 logits of any spread: the nucleus reaches p and would not without its least probable token."""
     for spread in (0.01, 1, 5, 20):
@@ -160,16 +151,15 @@ def sample(model):
     return sample
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": 1},
-        {"temperature": 0.7, "top_k": 20},
-        {"top_p": 0.8},
-        {"temperature": 3, "top_k": 500, "top_p": 0.9},
-    ],
-    ids=str,
-)
+DRAWN = [
+    {"temperature": 1},
+    {"temperature": 0.7, "top_k": 20},
+    {"top_p": 0.8},
+    {"temperature": 3, "top_k": 500, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("options", DRAWN, ids=str)
 def test_frequencies(sample, model, options):
     """20,000 draws of the token after "O" spread over the tokens as sample_probs says, and over no others."""
     _, hparams, params = model
@@ -210,14 +200,6 @@ def test_what_options_mean(sample, options, same):
     assert bool(same) == (result != greedy)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0, "seed": 1}], ids=str)
-def test_greedy_has_no_chance(model, options):
-    """Of tokens that tie it takes the lowest id, where sampling would draw."""
-    _, hparams, params = model
-    level = {**params, "wte": 0 * params["wte"]}
-    assert gpt2.generate([5, 6], level, hparams["n_head"], 3, **options) == [0, 0, 0]
-
-
 def test_seed(sample):
     """The same seed gives the same ids, another one or none gives others, in every row."""
     first = sample(PROMPTS[2], temperature=1.2, seed=5)
@@ -229,18 +211,13 @@ def test_seed(sample):
 
 
 def test_rows_are_independent(sample):
-    """A row draws by its place alone: not by its neighbours or their number; the first is what it is alone."""
+    """A row draws by its place alone: not by its neighbours or their number, nor by how long it goes on."""
     options = {"temperature": 1.1, "top_p": 0.95, "seed": 2}
     rows = sample(PROMPTS, **options)
-    assert rows[0] == sample(PROMPTS[0], **options)
-    assert rows[:2] == sample(PROMPTS[:2], **options)
     changed = sample([PROMPTS[3], *PROMPTS[1:3], [7], [8, 9], PROMPTS[5], [10]], **options)
     assert [changed[i] for i in (1, 2, 5)] == [rows[i] for i in (1, 2, 5)]
-    for place in (1, 4):
-        assert sample(PROMPTS[place], **options, first_row=place) == rows[place]
+    assert sample(PROMPTS[0], 20, **options)[:12] == rows[0]
     assert sample(PROMPTS[3:], **options, first_row=3) == rows[3:]
-    longer = sample(PROMPTS, 20, **options)
-    assert [row[:12] for row in longer] == rows
 
 
 def test_batch_size():
