@@ -257,7 +257,7 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
     model = load_encoder_hparams_and_params(model_size, models_dir)
     if prompts_file or len(prompts) > 1:
         for given, text in complete(prompts, model, batch_size, **options):
-            line = json.dumps({"prompt": given, "text": text}, ensure_ascii=False)
+            line = json.dumps({"prompt": given, "text": text}, ensure_ascii=sys.stdout.encoding.lower() != "utf-8")
             print(line if prompts_file else f"> {given}\n{text}", flush=True)
     elif prompts:
         show(prompts[0], model, **options)

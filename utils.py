@@ -212,8 +212,8 @@ def read_through_tensorflow(tf_ckpt_path, shapes):
         try:
             import tensorflow as tf
         except ImportError as error:
-            wheels = "pip install tensorflow (for 64-bit Linux with glibc, macOS on ARM, Windows on x86-64)"
-            raise ImportError(f"the first run of a model needs tensorflow: {error}; {wheels}") from None
+            wheels = "it exists for 64-bit Linux with glibc, macOS on ARM and Windows on x86-64"
+            raise ImportError(f"the first run of a model needs tensorflow ({wheels}): {error}") from None
         with reading(f"{tf_ckpt_path}.index or {DATA}"):
             reader = tf.train.load_checkpoint(tf_ckpt_path)
             found = reader.get_variable_to_shape_map()
@@ -367,4 +367,5 @@ def run(function):
         gc.freeze()  # Python need not look for garbage when it ends: 40 ms
     except (ImportError, MemoryError, OSError, ValueError) as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written has nowhere to go
-        sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {' '.join(str(error).split())}")
+        hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
+        sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {' '.join(str(error).split())}{hint}")
