@@ -116,8 +116,7 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     logits = np.asarray(logits, np.float64)
     logits = (logits - logits.max(-1, keepdims=True)) / temperature
     if top_k and top_k < logits.shape[-1]:
-        kth_highest = np.sort(logits)[..., -top_k, None]  # [..., 1]
-        logits = np.where(logits < kth_highest, -np.inf, logits)
+        logits = np.where(logits < np.sort(logits)[..., -top_k, None], -np.inf, logits)  # those below the k-th highest
     if top_p and top_p < 1:
         probs = softmax(logits)
         falling = np.sort(probs)[..., ::-1]
@@ -137,15 +136,15 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     row b draws from a random stream of its own, made from seed and first_row + b, whatever the other rows do.
     """
     (n_vocab, n_embd), n_ctx, n_batch = params["wte"].shape, len(params["wpe"]), len(prompts)
-    lengths, most = [len(prompt) for prompt in prompts], n_ctx - n_tokens_to_generate
+    lengths, n_new = [len(prompt) for prompt in prompts], n_tokens_to_generate
     for number, prompt in enumerate(prompts, first_row + 1):
-        if not 1 <= len(prompt) <= most or min(prompt) < 0 or max(prompt) >= n_vocab:
-            limit = f"with {n_tokens_to_generate} to generate, 1 to {most} fit into the context length, {n_ctx}"
-            raise ValueError(f"prompt {number} has {len(prompt)} tokens; {limit} (and ids from 0 to {n_vocab - 1})")
+        if not 1 <= len(prompt) <= n_ctx - n_new or min(prompt) < 0 or max(prompt) >= n_vocab:
+            limit = f"the context length is {n_ctx} (and a prompt is 1 token or more, with ids from 0 to {n_vocab - 1})"
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens and {n_new} are to be generated, but {limit}")
     greedy = temperature == 0 or [temperature, top_k, top_p, seed] == [None] * 4
     seeds = [None if seed is None else [seed, first_row + b] for b in range(n_batch)]
     streams = [] if greedy else [np.random.default_rng(row_seed) for row_seed in seeds]
-    n_positions = max(lengths) + n_tokens_to_generate
+    n_positions = max(lengths) + n_new
     cache = np.zeros((len(params["blocks"]), 2, n_batch, n_head, n_positions, n_embd // n_head), np.float32)
     model = {**params, "n_head": n_head, "cache": cache}
 
@@ -164,7 +163,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     start = [length - n_last for length in lengths]
 
     ended = np.zeros(n_batch, bool)
-    for _ in range(n_tokens_to_generate):
+    for _ in range(n_new):
         logits = gpt2(inputs, **model, start=start)  # [n_batch, n_vocab]
         if greedy:
             ids = logits.argmax(-1)  # [n_batch]

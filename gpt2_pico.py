@@ -1,9 +1,8 @@
 # fmt: off
 """gpt2.py without the words: GPT-2 with KV cache and ragged batch, greedy, in as few lines as one can still read."""
-import numpy as np
+import numpy as np  # noqa: I001
 
 import utils
-
 
 def gelu(x): return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * (x * x * x))))
 
@@ -41,8 +40,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
     prompts = inputs if any(np.ndim(prompt) for prompt in inputs) else [inputs]
-    lengths, n_embd = np.array([len(prompt) for prompt in prompts]), params["wpe"].shape[1]
-    size = len(params["blocks"]), 2, len(prompts), n_head, max(lengths) + n_tokens_to_generate, n_embd // n_head
+    lengths, d_head = np.array([len(prompt) for prompt in prompts]), params["wpe"].shape[1] // n_head
+    size = len(params["blocks"]), 2, len(prompts), n_head, max(lengths) + n_tokens_to_generate, d_head
     model = {**params, "n_head": n_head, "cache": np.zeros(size, np.float32)}
     gpt2([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], **model, start=0 * lengths)
     ids = [np.array([prompt[-1] for prompt in prompts])]
@@ -53,11 +52,10 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None):
     [n_new] = utils.check_options(n_tokens_to_generate=n_tokens_to_generate).values()
     encoder, hparams, params = utils.load_encoder_hparams_and_params(model_size, models_dir)
-    end, prompts = encoder.encoder["<|endoftext|>"], [prompt] if isinstance(prompt, str) else prompt
-    ids = [encoder.encode(text) or [end] for text in prompts]
+    prompts, end = [prompt] if isinstance(prompt, str) else prompt, "<|endoftext|>"
+    ids = [encoder.encode(text) or [encoder.encoder[end]] for text in prompts]
     if max(map(len, ids)) + n_new > hparams["n_ctx"]: raise ValueError(f"longer than {hparams['n_ctx']} tokens in all")
-    new = [row + [end] for row in generate(ids, params, hparams["n_head"], n_new)]
-    texts = [encoder.decode(row[: row.index(end)]) for row in new]
+    texts = [encoder.decode(new).partition(end)[0] for new in generate(ids, params, hparams["n_head"], n_new)]
     return texts if prompts is prompt else texts[0]
 
 if __name__ == "__main__":

@@ -105,13 +105,6 @@ def test_golden_text_and_nothing_else(script, golden):
     assert (result.returncode, result.stdout, result.stderr) == (0, golden["text"] + "\n", "")
 
 
-def test_main_returns_the_text_and_prints_nothing(capfd):
-    assert gpt2.main("Once", model_size="2M") == GOLDEN[1]["text"]
-    assert gpt2.main(["Once", "O"], model_size="2M") == [GOLDEN[1]["text"], GOLDEN[0]["text"]]
-    assert gpt2.main([], model_size="2M") == []
-    assert capfd.readouterr() == ("", "")
-
-
 AS_TYPED = ["hello, world", "123", "[1, 2]", "True", "None", "", "{'a': 1}", " leading space", "-", "tab\there", "# no"]
 AS_TYPED += [
     "'single'",
@@ -244,19 +237,15 @@ def test_a_bad_value_is_one_line(tmp_path, name, value):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_what_does_not_fit_is_one_line(tmp_path, script):
+def test_what_makes_no_sense_is_one_line(tmp_path, script):
     assert "'x'" in error_of(run("hi", "--n_tokens_to_generate=x", env=NOWHERE, script=script))
     for n, ends_well in (251, True), (252, False):  # 5 + 251 tokens = 256
         result = run("Once upon a time", *SMALL, f"--n_tokens_to_generate={n}", script=script)
         assert result.returncode == (not ends_well) and ("256" in result.stderr) == (not ends_well)
     error_of(run(os.fsdecode(b"bad \xff byte"), *SMALL, script=script))
-    for name in "..", "", "2M/", "3M":
+    for name in "..", "", "2M/":
         assert repr(name) in error_of(run("hi", f"--model_size={name}", script=script))
-
-
-def test_bad_prompts_files(tmp_path):
-    for name in "none", ".":
-        assert str(tmp_path / name) in error_of(run(*SMALL, "--prompts_file", tmp_path / name))
+    assert str(tmp_path) in error_of(run(*SMALL, "--prompts_file", tmp_path))
 
 
 @pytest.mark.parametrize("package", ["regex", "fire", "tensorflow.python"])

@@ -292,17 +292,6 @@ def uncached(module, prompt, params, n_head, n_new):
     return ids[len(prompt) :], np.array(rows)
 
 
-def test_causality(module, model):
-    """A token changes the logits of its own position and of later ones, of none before."""
-    _, hparams, params = model
-    ids = random_ids(12, n_vocab=hparams["n_vocab"])
-    before = module.gpt2(ids, **params, n_head=hparams["n_head"])
-    after = module.gpt2([*ids[:7], ids[7] ^ 1, *ids[8:]], **params, n_head=hparams["n_head"])
-    difference = np.abs(before - after).max(-1)
-    assert difference[:7].max() < 1e-5
-    assert difference[7:].min() > 1e-2
-
-
 def test_call_with_a_cache(module):
     """Several tokens at once, then one, each row from its own start: the logits of the last position of each row."""
     params, ids = random_params(), np.array(random_ids(2, 8))
