@@ -26,7 +26,8 @@ def gelu(x):
 def softmax(x):
     """Turn scores into probabilities that add up to 1, along the last axis."""
     exp_x = np.exp(x - x.max(-1, keepdims=True))  # subtracting the maximum changes no result, but prevents overflow
-    return exp_x / exp_x.sum(-1, keepdims=True)
+    exp_x /= exp_x.sum(-1, keepdims=True)
+    return exp_x
 
 
 def layer_norm(x, g, b, eps=1e-5):
@@ -53,8 +54,8 @@ def attention(q, k, v, mask):
     Each has a query q (what it looks for), a key k (what it can be found by) and a value v (what it tells). The better
     a query matches a key, the more of that key's value it takes. The mask is 0 where it may look, and -inf where not.
     """
+    q = q / q.shape[-1] ** 0.5  # dot products grow with sqrt(d_head); undivided, one key would get all the weight
     scores = q @ k.swapaxes(-1, -2)  # [..., n_query, d_head] @ [..., d_head, n_key] -> [..., n_query, n_key]
-    scores = scores / q.shape[-1] ** 0.5  # they grow with sqrt(d_head); undivided, one key would get all the weight
     return softmax(scores + mask) @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
 
 
@@ -93,9 +94,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
     take them: blocks[3]["attn"]["c_attn"]["w"]. With a cache, and the start of each row, only the last position of
     each row gets logits: ids [n_batch, n_seq] -> [n_batch, n_vocab].
     """
-    inputs = np.asarray(inputs)
-    positions = np.expand_dims(start, -1) + np.arange(inputs.shape[-1])  # [n_seq], with a cache [n_batch, n_seq]
-    x = wte[inputs] + wpe[positions]  # what the token is, and where it is: [..., n_seq, n_embd]
+    positions = np.expand_dims(start, -1) + np.arange(np.shape(inputs)[-1])  # [n_seq], with a cache [n_batch, n_seq]
+    x = wte[np.asarray(inputs)] + wpe[positions]  # what the token is, and where it is: [..., n_seq, n_embd]
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, cache=None if cache is None else cache[i], start=start)
     if cache is not None:
@@ -115,11 +115,13 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
     logits = np.asarray(logits, np.float64)
     logits = (logits - logits.max(-1, keepdims=True)) / temperature
-    if top_k and top_k < logits.shape[-1]:
-        logits = np.where(logits < np.sort(logits)[..., -top_k, None], -np.inf, logits)  # those below the k-th highest
+    n_vocab = logits.shape[-1]
+    if top_k and top_k < n_vocab:
+        logits = np.where(logits < np.partition(logits, -top_k)[..., -top_k, None], -np.inf, logits)  # < k-th highest
     if top_p and top_p < 1:
         probs = softmax(logits)
-        falling = np.sort(probs)[..., ::-1]
+        n = (probs >= (1 - top_p) / n_vocab).sum(-1).max()  # the others together have less than 1 - top_p: sort only n
+        falling = np.sort(np.partition(probs, -n)[..., -n:])[..., ::-1]
         sum_before = falling.cumsum(-1) - falling  # of the more probable tokens
         last = np.where(sum_before < top_p, falling, 1).min(
             -1, keepdims=True
@@ -144,9 +146,8 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     greedy = temperature == 0 or [temperature, top_k, top_p, seed] == [None] * 4
     seeds = [None if seed is None else [seed, first_row + b] for b in range(n_batch)]
     streams = [] if greedy else [np.random.default_rng(row_seed) for row_seed in seeds]
-    n_positions = max(lengths) + n_new
-    cache = np.zeros((len(params["blocks"]), 2, n_batch, n_head, n_positions, n_embd // n_head), np.float32)
-    model = {**params, "n_head": n_head, "cache": cache}
+    cache_shape = len(params["blocks"]), 2, n_batch, n_head, max(lengths) + n_new, n_embd // n_head
+    model = {**params, "n_head": n_head, "cache": np.zeros(cache_shape, np.float32)}
 
     # Prefill: first all rows run through positions 0 to n_before - 1, about 256 tokens at a time to bound the memory.
     # Shorter prompts are padded on the right: a pad comes after all real tokens of its row, so none of them sees it;

@@ -16,7 +16,7 @@ def linear(x, w, b): return (x.reshape(-1, w.shape[0]) @ w + b).reshape(*x.shape
 
 def ffn(x, c_fc, c_proj): return linear(gelu(linear(x, **c_fc)), **c_proj)
 
-def attention(q, k, v, mask): return softmax(q @ k.swapaxes(-1, -2) / q.shape[-1] ** 0.5 + mask) @ v
+def attention(q, k, v, mask): return softmax(q / q.shape[-1] ** 0.5 @ k.swapaxes(-1, -2) + mask) @ v
 
 def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)

@@ -106,19 +106,7 @@ def test_golden_text_and_nothing_else(script, golden):
 
 
 AS_TYPED = ["hello, world", "123", "[1, 2]", "True", "None", "", "{'a': 1}", " leading space", "-", "tab\there", "# no"]
-AS_TYPED += [
-    "'single'",
-    '"double"',
-    "both ' and \"",
-    "🙂👩‍👧‍👦",
-    "1e3",
-    "-5",
-    "a=b",
-    "()",
-    "*",
-    'r"raw"',
-    "back\\nslash",
-]
+AS_TYPED += ["'single'", '"double"', "both ' and \"", "🙂👩‍👧‍👦", "1e3", "-5", "a=b", "()", "*", 'r"raw"', "back\\nslash"]  # fmt: skip
 AS_TYPED += ["two\nlines\n", "\u2028", "help", "...", "__doc__"]
 
 
