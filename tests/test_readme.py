@@ -11,7 +11,9 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"```console\n\$ (.*?)\n(.*?)```", README, re.DOTALL)
-FIRST = re.findall(r"```\npip install -r requirements.txt && (python gpt2.py .*?)\n```\n```\n(.*?)```", README, re.DOTALL)
+FIRST = re.findall(
+    r"```\npip install -r requirements.txt && (python gpt2.py .*?)\n```\n```\n(.*?)```", README, re.DOTALL
+)
 
 
 def output_of(command):
