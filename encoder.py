@@ -18,7 +18,7 @@ import os
 import regex
 
 # A word keeps the one space before it. Endings such as 's and 'll are words of their own, and so is each run of
-# letters, of digits, of other signs and of white space. The last space of a run goes to the word after it.
+# letters, digits, other signs or white space. The last blank of a run joins the next word or stands alone.
 WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 

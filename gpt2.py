@@ -4,7 +4,7 @@ The model is that of "Language Models are Unsupervised Multitask Learners" (Radf
 https://github.com/openai/gpt-2. A token is a piece of text, about four letters; its id is its number in the vocabulary.
 Given ids, the model returns logits: at each position one score for every token that could come next.
 
-Shapes stand at the end of a line; "..." is nothing or a batch axis. 124M, the smallest model, has n_vocab = 50257
+Shapes stand at the end of a line; "..." is nothing or a batch axis. 124M, OpenAI's smallest, has n_vocab = 50257
 tokens, n_ctx = 1024 positions (the context length), n_embd = 768 numbers a token, n_head = 12, d_head = 768 / 12 = 64.
 """
 
@@ -15,11 +15,11 @@ import sys
 import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
-# Array functions only: put jax.numpy in the place of np, and the model compiles and differentiates.
+# Array functions only: put jax.numpy in the place of np and, without a cache, it compiles and differentiates.
 
 
 def gelu(x):
-    """A ReLU with a soft bend (Hendrycks & Gimpel, 2016), in the tanh approximation that GPT-2 was trained with."""
+    """max(x, 0) with a soft bend (Hendrycks & Gimpel, 2016), in the tanh approximation GPT-2 was trained with."""
     return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * (x * x * x))))  # x**3 would be far slower
 
 
@@ -69,7 +69,7 @@ def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
     """Multi-head attention: n_head attentions side by side, each with its own d_head of the n_embd numbers."""
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
-    positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq]; for one start a row [n_batch, n_seq]
+    positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq]; with a start per row [n_batch, n_seq]
     # The KV cache, for generation. A position's keys and values depend only on the tokens up to it, so they stay the
     # same while the text grows. They are kept: a new token costs one query, and not one for each token of the text.
     if cache is not None:  # this layer's: [2 (keys, values), n_batch, n_head, n_positions, d_head]
@@ -99,7 +99,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, cache=None if cache is None else cache[i], start=start)
     if cache is not None:
-        x = x[:, -1]  # the next token comes from the last position; the others' logits would be a third of the work
+        x = x[:, -1]  # only the last position gives the next token; the other logits would be up to a third of the work
     return layer_norm(x, **ln_f) @ wte.T  # the same matrix reads tokens in and scores them on the way out
 
 
@@ -110,17 +110,16 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     """The probabilities to draw the next token from, in float64: [..., n_vocab] -> [..., n_vocab].
 
     A temperature below 1 favours probable tokens, above 1 improbable ones. top_k then keeps the k most probable tokens,
-    top_p the fewest that together reach probability p (Holtzman et al., 2020). Ties with the last one kept stay, too.
+    top_p the fewest that together reach probability p (Holtzman et al., 2020). Ties with the last one stay too.
     """
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
     logits = np.asarray(logits, np.float64)
     logits = (logits - logits.max(-1, keepdims=True)) / temperature
-    n_vocab = logits.shape[-1]
-    if top_k and top_k < n_vocab:
+    if top_k and top_k < logits.shape[-1]:
         logits = np.where(logits < np.partition(logits, -top_k)[..., -top_k, None], -np.inf, logits)  # < k-th highest
     if top_p and top_p < 1:
         probs = softmax(logits)
-        n = (probs >= (1 - top_p) / n_vocab).sum(-1).max()  # the others together have less than 1 - top_p: sort only n
+        n = (probs >= (1 - top_p) / logits.shape[-1]).sum(-1).max()  # all below add up to less than 1 - top_p
         falling = np.sort(np.partition(probs, -n)[..., -n:])[..., ::-1]
         sum_before = falling.cumsum(-1) - falling  # of the more probable tokens
         last = np.where(sum_before < top_p, falling, 1).min(
@@ -173,7 +172,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
             ids = np.array([stream.choice(n_vocab, p=row) for stream, row in zip(streams, probs)])
         yield ids
         ended |= ids == stop_id
-        if ended.all():  # until then a row that has ended is computed along; ignore its further ids
+        if ended.all():  # until then ended rows are still computed; ignore their further ids
             return
         start = [first + inputs.shape[1] for first in start]
         inputs = ids[:, None]  # decode: from now on one token for each row, [n_batch, 1]
@@ -183,7 +182,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
     """The ids that follow a prompt's ids: a list; for a list of prompts a list of lists. options as generate_steps."""
     is_batch = any(np.ndim(prompt) for prompt in inputs)
     steps = generate_steps(inputs if is_batch else [inputs], params, n_head, n_tokens_to_generate, **options)
-    rows = np.stack(list(steps), axis=1).tolist()  # [n_batch, n_tokens_to_generate]
+    rows = np.stack(list(steps), axis=1).tolist()  # [n_batch, n_steps]
     return rows if is_batch else rows[0]
 
 
@@ -192,7 +191,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 
 def complete(prompts, model, batch_size, **options):
     """Yield each prompt with its text, batch by batch, reading prompts as they are due."""
-    encoder, hparams, params = model  # as utils loads it
+    encoder, hparams, params = model  # as utils loads it. <|endoftext|> stands between two texts; a prompt "" is that
     prompts, first_row, end = iter(prompts), 0, encoder.encoder["<|endoftext|>"]
     while batch := list(itertools.islice(prompts, batch_size)):
         ids = [encoder.encode(prompt) or [end] for prompt in batch]

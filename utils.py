@@ -1,7 +1,7 @@
 """What gpt2.py needs around the model: download it, check it, map it into memory; run a function as a command.
 
 Whatever goes wrong on the way (a dropped connection, a full disk, a damaged file, kill -9), nothing is left behind that
-the next run would take for good. ValueError and OSError carry one line that says what to do, and run() prints it.
+the next run would wrongly trust. ValueError and OSError carry one line that says what to do, and run() prints it.
 """
 
 import codecs
@@ -36,7 +36,7 @@ TRIES = 5  # for one file, as long as nothing of it arrives
 
 
 def missing_files(model_dir):
-    """The names of the FILES that are not there. A data file too short for its tensors is a download that broke off."""
+    """The names of the FILES that are not there. A too short data file is renamed, to go on from there."""
     names = [name for name in FILES if not (model_dir / name).exists()]
     if not names and (model_dir / FILES[-1]).stat().st_size < n_bytes(tensor_shapes(load_hparams(model_dir))):
         (model_dir / FILES[-1]).replace(model_dir / f"{FILES[-1]}.part")
@@ -221,7 +221,7 @@ def read_through_tensorflow(tf_ckpt_path, shapes):
             if beyond in found:
                 raise ValueError(f"{beyond} is a layer more than in hparams.json")
             for name, shape in shapes.items():
-                if found.get(name) not in ([*shape], [1, *shape]):  # [1, n_in, n_out]: once a convolution of width 1
+                if found.get(name) not in ([*shape], [1, *shape]):  # the file may have an extra axis
                     raise ValueError(f"{name} has the shape {found.get(name)}, by hparams.json it is {[*shape]}")
                 yield name, reader.get_tensor(name).astype(np.float32, copy=False).reshape(shape)
 
@@ -348,14 +348,14 @@ def run(function):
     calls = []
 
     @functools.wraps(function)
-    def note(*args, **options):  # fire calls a function before it minds an unknown flag, so what it calls is a stand-in
+    def note(*args, **options):  # fire calls a function before it sees an unknown flag, so what it calls is a stand-in
         calls.append((args, options))
 
     try:
         from fire import Fire, parser
 
         parser.DefaultParseValue = str  # no "1,2" that becomes a tuple
-        # fire's own separator is "-", which may be a prompt. It shows it in its messages, where --help is of use
+        # fire's own separator is "-", which may be a prompt. fire prints it in messages, where --help fits
         asks_for_help = {"-h", "--help"} & set(sys.argv[1:])
         Fire(note, ["--", "--help"] if asks_for_help else [*sys.argv[1:], "--", "--separator=--help"])
         [(args, options)] = calls
