@@ -153,6 +153,7 @@ def prepare(size, engines):
     if "ctranslate2" in engines and not (folder / "ctranslate2").exists():
         convert = [sys.executable, "-m", "ctranslate2.converters.transformers", "--model", folder / "transformers"]
         subprocess.run([*convert, "--output_dir", folder / "ctranslate2"], check=True)
+    utils.load_encoder_hparams_and_params(folder.name, folder.parent)  # checks the weights, once for all engines
     return folder
 
 
@@ -224,7 +225,7 @@ def report(figures, names, folder):
     for row in sorted(medians, key=lambda row: row not in IN_TABLE):
         n = TASKS[row][0] if row in TASKS and TASKS[row][2] > 1 else 0
         unit = "tokens/s" if n else "GB" if row == "peak memory" else "s"
-        cells = {name: f"{n / value if n else value:.3g}" for name, value in medians[row].items()}
+        cells = {name: f"{n / value if n else value:.3g}" for name, value in medians[row].items() if name in engines}
         in_table = f"| {row}, {unit} | {' | '.join(cells.get(name, '') for name in engines)} |"
         yield in_table if row in IN_TABLE else f"- {row}, {unit}: {', '.join(map(' '.join, cells.items()))}"
     shapes = utils.tensor_shapes(json.loads((folder / "hparams.json").read_text())).items()
@@ -249,7 +250,8 @@ def main():
     with ProcessPoolExecutor(1) as pool:  # another process: the peak memory of a child counts from its parent's
         folder = pool.submit(prepare, args.model_size, engines).result()
     measures = {} if args.against else {name: start(name, folder) for name in engines}
-    for name, checkout in [("there", args.against.resolve()), ("here", ROOT)] if args.against else []:
+    there = (args.against / "gpt2.py").resolve(strict=True).parent if args.against else None
+    for name, checkout in [("there", there), ("here", ROOT)] if args.against else []:
         links = checkout / "models" / f"against-{folder.name}"  # so each keeps its own note of what it has checked
         if not links.exists():
             shutil.copytree(folder, links, copy_function=os.symlink, ignore=shutil.ignore_patterns("*.checked.json"))
