@@ -122,10 +122,8 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
         n = (probs >= (1 - top_p) / logits.shape[-1]).sum(-1).max()  # all below add up to less than 1 - top_p
         falling = np.sort(np.partition(probs, -n)[..., -n:])[..., ::-1]
         sum_before = falling.cumsum(-1) - falling  # of the more probable tokens
-        last = np.where(sum_before < top_p, falling, 1).min(
-            -1, keepdims=True
-        )  # the least probable one to keep: [..., 1]
-        logits = np.where(probs < last, -np.inf, logits)
+        least = np.where(sum_before < top_p, falling, 1).min(-1, keepdims=True)  # of those to keep: [..., 1]
+        logits = np.where(probs < least, -np.inf, logits)
     return softmax(logits)
 
 
@@ -249,8 +247,10 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
     options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size, **sampling)
     batch_size = options.pop("batch_size")
     prompts = prompts if prompt is None else (*prompts, prompt)
+    if prompts and prompts_file:
+        raise ValueError("give prompts or --prompts_file, not both")
     if prompts_file:
-        prompts = itertools.chain(prompts, read_prompts(prompts_file))
+        prompts = read_prompts(prompts_file)
     elif not prompts and not sys.stdin.isatty():
         prompts = [*read_prompts("-", whole=True)]
     model = load_encoder_hparams_and_params(model_size, models_dir)

@@ -36,10 +36,9 @@ TRIES = 5  # for one file, as long as nothing of it arrives
 
 
 def missing_files(model_dir):
-    """The names of the FILES that are not there. A too short data file is renamed, to go on from there."""
+    """The names of the FILES that are not there, or of the data file if it is too short."""
     names = [name for name in FILES if not (model_dir / name).exists()]
-    if not names and (model_dir / FILES[-1]).stat().st_size < n_bytes(tensor_shapes(load_hparams(model_dir))):
-        (model_dir / FILES[-1]).replace(model_dir / f"{FILES[-1]}.part")
+    if not names and size_of(model_dir / FILES[-1]) < n_bytes(tensor_shapes(load_hparams(model_dir))):
         names = FILES[-1:]
     return names
 
@@ -53,12 +52,14 @@ def download_gpt2_files(model_size, model_dir):
         if names:
             print(f"fetching {model_size}, {RELEASED[model_size]} MB, from {url}", file=sys.stderr, flush=True)
         for name in names:
-            part = model_dir / f"{name}.part"
+            path, part = model_dir / name, model_dir / f"{name}.part"
+            if path.exists():  # it is too short: go on from there
+                path.replace(part)
             download(f"{url}/{name}", part)
             if name in SHA256 and hashlib.sha256(part.read_bytes()).hexdigest() != SHA256[name]:
                 part.unlink()
                 raise OSError(f"{url}/{name} is some other file (its SHA-256 is not that of OpenAI's)")
-            part.replace(model_dir / name)
+            part.replace(path)
 
 
 @contextlib.contextmanager
@@ -359,6 +360,9 @@ def run(function):
         asks_for_help = {"-h", "--help"} & set(sys.argv[1:])
         Fire(note, ["--", "--help"] if asks_for_help else [*sys.argv[1:], "--", "--separator=--help"])
         [(args, options)] = calls
+        for name, value in options.items():
+            if value in ("True", "False") and not any(arg.endswith(value) for arg in sys.argv[1:]):
+                raise ValueError(f"--{name} needs a value (fire made {value!r} of the flag alone)")
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
         result = function(*args, **options)
         if result is not None:

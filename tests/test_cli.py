@@ -208,6 +208,7 @@ def test_a_mistyped_flag_is_refused_at_once(tmp_path, script, args):
 BAD = [("n_tokens_to_generate", value) for value in ("0", "-1", "1.5", "many", "", "inf")]
 BAD += [("temperature", "-1"), ("temperature", "nan"), ("temperature", "inf"), ("top_k", "1.5"), ("top_k", "-1")]
 BAD += [("top_p", "0"), ("top_p", "90"), ("seed", "-1"), ("seed", None), ("batch_size", "0")]
+BAD += [("prompt", None), ("models_dir", None), ("model_size", None)]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
@@ -228,6 +229,7 @@ def test_what_makes_no_sense_is_one_line(tmp_path, script):
     error_of(run(os.fsdecode(b"bad \xff byte"), *SMALL, script=script))
     for name in "..", "", "2M/":
         assert repr(name) in error_of(run("hi", f"--model_size={name}", script=script))
+    assert "--prompts_file" in error_of(run("hi", "--prompts_file=-", *SMALL))
 
 
 @pytest.mark.parametrize("package", ["regex", "fire", "tqdm"])
