@@ -90,12 +90,12 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, start=0):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
-    wte, wpe: word token and position embeddings. blocks: for each layer the weights, in dicts as the functions above
-    take them: blocks[3]["attn"]["c_attn"]["w"]. With a cache, and the start of each row, only the last position of
-    each row gets logits: ids [n_batch, n_seq] -> [n_batch, n_vocab].
+    wte, wpe: word token and position embeddings. blocks: the weights of each layer, blocks[3]["attn"]["c_attn"]["w"].
+    With a cache (and each row's start) only the last positions get logits: [n_batch, n_seq] -> [n_batch, n_vocab].
     """
-    positions = np.expand_dims(start, -1) + np.arange(np.shape(inputs)[-1])  # [n_seq], with a cache [n_batch, n_seq]
-    x = wte[np.asarray(inputs)] + wpe[positions]  # what the token is, and where it is: [..., n_seq, n_embd]
+    inputs = np.asarray(inputs)
+    positions = np.expand_dims(start, -1) + np.arange(inputs.shape[-1])  # [n_seq], with a cache [n_batch, n_seq]
+    x = wte[inputs] + wpe[positions]  # what the token is, and where it is: [..., n_seq, n_embd]
     for i, block in enumerate(blocks):
         x = transformer_block(x, **block, n_head=n_head, cache=None if cache is None else cache[i], start=start)
     if cache is not None:
