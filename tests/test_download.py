@@ -87,8 +87,7 @@ class Server(http.server.ThreadingHTTPServer):
         utils.download_gpt2_files("124M", self.folder)
 
     def assert_whole(self):
-        there = {path.name: path.read_bytes() == self.files.get(path.name) for path in self.folder.iterdir()}
-        assert there == dict.fromkeys(FILES, True)
+        assert {path.name: path.read_bytes() for path in self.folder.iterdir()} == {**self.files, ".lock": b""}
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def server(tmp_path, vocabulary, monkeypatch):
 def test_the_command_downloads_checks_and_runs(server):
     env = {"GPT2_MODELS_URL": f"{server.url}/"}
     first, second = (run("Once", "--models_dir", server.folder.parent, env=env) for _ in range(2))
-    assert first.stderr == f"fetching 124M, 498 MB, from {server.url}/124M\nchecking 124M …\n"
+    assert first.stderr == f"fetching 124M, 498 MB, from {server.url}/124M to {server.folder}\nchecking 124M …\n"
     assert (first.returncode, second.returncode, second.stdout, second.stderr) == (0, 0, first.stdout, "")
     assert server.asked() == [(name, 0) for name in FILES]
 
@@ -123,11 +122,11 @@ def test_the_command_downloads_checks_and_runs(server):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("share", [None, 0, 0.5, 1, 2])
 def test_only_what_is_missing_is_fetched(server, name, share):
-    """A part is resumed where it ends, whole, or too long, and then dropped."""
+    """A part is resumed where it ends; one that is as long as the file, or longer, is dropped."""
     size = int((share or 0) * len(server.files[name]))
     server.fill(name, None if share is None else (server.files[name] * 2)[:size])
     server.download()
-    assert server.asked() == [(name, size)] + [(name, 0)] * (share == 2)
+    assert server.asked() == [(name, size)] + [(name, 0)] * (share in (1, 2))
     server.assert_whole()
 
 
@@ -145,12 +144,12 @@ PASSING = {  # what goes wrong from OFFSET on, and where the requests after that
     "hung up 4 times": ([HANG_UP] * 4, [OFFSET]),
     "dropped": ([{"n": 300_000}], range(380_000, 400_001)),
     "dropped, no length": ([{"n": 300_000, "length": False}], [400_000]),
-    "dropped and 503 again and again": ([{"n": 50_000}, {"status": 503}] * 9, range(OFFSET, 600_000)),
+    "dropped and 503": ([{"n": 50_000}, {"status": 503}] * 2, range(OFFSET, 200_001)),
     "stalled": ([{"n": 300_000, "stall": 99}], range(380_000, 400_001)),
     "500": ([{"status": 500, "more": b"some page"}], [OFFSET]),
     "lying range": ([{"content_range": "bytes 99999-{1}/{2}"}], [OFFSET]),
     "no range": ([{"content_range": None}], [OFFSET]),
-    "too long": ([{"more": b"more"}], [0]),
+    "too long": ([{"more": b"more"}, {}], ["behind its end", 0]),
     "short": ([{"n": 300_000, "length": 300_000}], [400_000]),
     "416": ([{"status": 416, "content_range": None}], [0]),
     "from the start, dropped": ([{"status": 200, "n": 300_000}], range(280_000, 300_001)),
@@ -162,27 +161,25 @@ PASSING = {  # what goes wrong from OFFSET on, and where the requests after that
 @pytest.mark.parametrize("name", ["encoder.json", DATA])
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_passing_fault_is_made_good(server, capfd, name, fault):
-    """As long as something arrives there is no reason to give up."""
     faults, then = PASSING[fault]
     server.fill(name, server.files[name][:OFFSET])
     server.faults[name] = iter(faults)
     server.download()
-    [first, *others], [_, *said] = server.asked(), capfd.readouterr().err.splitlines()
-    assert first == (name, OFFSET) and all(start in then for _, start in others)
-    assert len(others) == len(said) == len(server.pauses) == (len(faults) if then else 0)
-    assert all(name in line for line in said) and all(0 < pause < 10 for pause in server.pauses)
+    said = capfd.readouterr().err.splitlines()[1:]
+    [first, *others] = [start if start < len(server.files[name]) else "behind its end" for _, start in server.asked()]
+    assert first == OFFSET and len(others) == (len(faults) if then else 0) and all(start in then for start in others)
+    assert len(server.pauses) == len(said) == len(others) and all(name in line and "again" in line for line in said)
     server.assert_whole()
 
 
-@pytest.mark.parametrize("fault", [{"n": 0}, HANG_UP, {"status": 503}, {"status": 404}, {"status": 403}])
-def test_a_lasting_fault_is_one_line_and_the_part_is_kept(server, fault):
+@pytest.mark.parametrize("fault", [{"n": 0}, HANG_UP, {"status": 503}, {"status": 404}])
+def test_a_lasting_fault_is_one_line_and_the_part_is_kept(server, capfd, fault):
     server.fill(DATA, server.files[DATA][:OFFSET])
     server.faults[DATA] = iter([fault] * 99)
     with pytest.raises(OSError, match=re.escape(f"{server.url}/124M/{DATA}")) as error:
         server.download()
-    assert not re.search(r"\n|Pool|0x|Errno|Error\(", str(error.value))
-    n_asked = 1 if fault.get("status") in (403, 404) else 5
-    assert server.asked() == [(DATA, OFFSET)] * n_asked and len(server.pauses) >= n_asked - 1
+    assert not re.search(r"\n|Pool|0x|Errno|\wError", str(error.value)) and capfd.readouterr().err.count("\n") == 5
+    assert server.asked() == [(DATA, OFFSET)] * 5 and sum(server.pauses) > 2
     assert (server.folder / f"{DATA}.part").read_bytes() == server.files[DATA][:OFFSET]
     assert not (server.folder / DATA).exists()
 
@@ -192,19 +189,19 @@ def test_a_wrong_vocabulary_is_refused_at_once(server, name):
     server.fill(name, b"x" * 1000)
     with pytest.raises(OSError, match=re.escape(f"{server.url}/124M/{name}")):
         server.download()
-    assert len(server.asked()) == 1 and {*os.listdir(server.folder)} == {*FILES} - {name}
+    assert len(server.asked()) == 1 and {*os.listdir(server.folder)} == {*FILES, ".lock"} - {name}
     server.download()
     server.assert_whole()
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://no-such-host.invalid", "nonsense", "login page"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://no-such-host.invalid", "login page"])
 def test_no_network_is_one_line_and_nothing_is_left(server, url):
     """One line, so it was tried once. "login page": a server that sends it whatever is asked for."""
     server.files |= dict.fromkeys(FILES, b"<html>Log in first</html>")
-    hint, url = url.startswith("http"), server.url if url == "login page" else url
+    hint, url = url != "login page", server.url if url == "login page" else url
     line = error_of(run("Once", "--models_dir", server.folder.parent, env={"GPT2_MODELS_URL": url}))
     assert f"{url}/124M/{FILES[0]}" in line and ("--model_size 2M" in line) == hint
-    assert not re.search(r"Pool|0x|Errno|\wError", line) and not os.listdir(server.folder)
+    assert not re.search(r"Pool|0x|Errno|\wError", line) and os.listdir(server.folder) == [".lock"]
 
 
 def test_a_full_disk_keeps_the_part(server):
@@ -212,7 +209,7 @@ def test_a_full_disk_keeps_the_part(server):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
     try:
-        with pytest.raises(OSError, match=f"{DATA}.*too large"):
+        with pytest.raises(OSError, match="too large"):
             server.download()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -240,7 +237,7 @@ def test_a_run_that_is_killed_is_resumed(server, point, by):
     assert server.stopped.wait(60) and not server.go.wait(0.3)
     process.send_signal(by)
     assert process.communicate(timeout=60)[1].count("\n") == 1 and process.returncode == -by
-    done = {path.name: path.stat().st_size for path in server.folder.iterdir()}
+    done = {path.name: path.stat().st_size for path in server.folder.iterdir() if path.name != ".lock"}
     assert point - 40_000 <= sum(done.values()) <= point
     server.asked()
     server.download()

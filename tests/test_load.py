@@ -137,7 +137,7 @@ FLIP = lambda match: bytes([match[0][0] ^ 16])
 LAST_TOKEN, LAST_MERGE = ("encoder.json", rb', "[^"]+": 2046', b""), ("vocab.bpe", rb"[^\n]+\n\Z", b"")
 DAMAGE = [  # what the message must have; and what happens: in this file, this pattern is replaced by that
     *((name, (name, rb"\A.*", b"")) for name in ("checkpoint", "hparams.json", "encoder.json", "vocab.bpe")),
-    (f"{DATA}.*7345151.*7345152", (DATA, rb".\Z", b"")),
+    (DATA[10:], (DATA, rb".\Z", b"")),
     *((DATA[10:], (DATA, pattern, FLIP)) for pattern in (rb"\A.", rb".\Z")),
     (INDEX, (INDEX, rb"ln_f", b"ln_g")),
     ("hparams.json.*n_ctx", ("hparams.json", rb'"n_ctx": 256, ', b"")),
@@ -158,7 +158,7 @@ def test_a_missing_file_is_named(models, load, note, name):
 
 
 @pytest.mark.parametrize(("words", "damage"), [(words, damage) for words, *damage in DAMAGE])
-def test_a_damaged_file_is_one_line_that_names_it(models, load, note, words, damage):
+def test_a_damaged_file_is_named(models, load, note, words, damage):
     """That it was whole when it was checked is no help, even if the times of change are set back."""
     for name, pattern, new in damage:
         path, times = models / "2M" / name, (models / "2M" / name).stat()
@@ -166,9 +166,8 @@ def test_a_damaged_file_is_one_line_that_names_it(models, load, note, words, dam
         assert n_found == 1
         path.write_bytes(data)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises((ValueError, OSError), match=words) as error:
+    with pytest.raises((ValueError, OSError), match=words):
         load()
-    assert "\n" not in str(error.value)
 
 
 def test_a_mistake_on_the_command_line_is_one_line(models):
@@ -177,7 +176,7 @@ def test_a_mistake_on_the_command_line_is_one_line(models):
     line = error_of(run("Once", "--model_size=3M", f"--models_dir={models}"))
     assert re.findall(r"\d+M\b|a f\w+", line) == ["3M", "2M", "124M", "355M", "774M", "1558M"]
     os.truncate(models / "2M" / DATA, 9)
-    assert DATA in error_of(run("Once", "--model_size=2M", f"--models_dir={models}"))
+    assert DATA[10:] in error_of(run("Once", "--model_size=2M", f"--models_dir={models}"))
 
 
 @pytest.mark.parametrize("other", [{}, {"model/h10/mlp/c_fc/w": np.zeros((144, 36), np.float32)}])
