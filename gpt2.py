@@ -113,18 +113,18 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     top_p the fewest that together reach probability p (Holtzman et al., 2020). Ties with the last one stay too.
     """
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
-    logits = np.asarray(logits, np.float64)
+    logits = np.asarray(logits, np.float64, order="C")
     logits = (logits - logits.max(-1, keepdims=True)) / temperature
     if top_k and top_k < logits.shape[-1]:
         logits = np.where(logits < np.partition(logits, -top_k)[..., -top_k, None], -np.inf, logits)  # < k-th highest
+    probs = softmax(logits)
     if top_p and top_p < 1:
-        probs = softmax(logits)
-        n = (probs >= (1 - top_p) / logits.shape[-1]).sum(-1).max()  # all below add up to less than 1 - top_p
-        falling = np.sort(np.partition(probs, -n)[..., -n:])[..., ::-1]
-        sum_before = falling.cumsum(-1) - falling  # of the more probable tokens
-        least = np.where(sum_before < top_p, falling, 1).min(-1, keepdims=True)  # of those to keep: [..., 1]
-        logits = np.where(probs < least, -np.inf, logits)
-    return softmax(logits)
+        for row in probs.reshape(-1, probs.shape[-1]):  # [n_vocab], a view: what is set here is set in probs
+            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # all others add up to less than 1 - top_p
+            sum_before = falling.cumsum() - falling  # of the more probable tokens
+            row[row < falling[sum_before < top_p][-1]] = 0  # [-1]: the last token that is needed to reach p
+        probs /= probs.sum(-1, keepdims=True)
+    return probs
 
 
 def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, stop_id=None,

@@ -44,6 +44,7 @@ def cases(draw):
     logits = np.array(draw(st.lists(values, min_size=n, max_size=n)), np.float32).reshape(shape) / 8
     temperature = draw(st.just(1.0) | st.floats(0.05, 20) | st.sampled_from([1e-300, 1e300]))
     top_k = draw(st.none() | st.integers(0, shape[-1] + 2))
+    logits = np.asfortranarray(logits) if draw(st.booleans()) else logits
     return logits, temperature, top_k, draw(st.none() | st.floats(1e-6, 1, exclude_max=True) | st.just(1))
 
 
