@@ -99,20 +99,11 @@ def ctranslate2_engine(folder):
     return lambda prompts, n: [r.sequences_ids[0] for r in run(pieces[prompts].tolist(), max_length=n, min_length=n)]
 
 
-def ceiling_engine(folder):
-    """No tokens: at each step one row times each matrix of the model, and nothing else."""
-    _, _, params = utils.load_encoder_hparams_and_params(folder.name, folder.parent)
-    layers = [layer for block in params["blocks"] for part in ("attn", "mlp") for layer in block[part].values()]
-    pairs = [(np.ones((1, len(w)), np.float32), w) for w in [*(layer["w"] for layer in layers), params["wte"].T]]
-    return lambda prompts, n: [row @ w for _ in range(n) for row, w in pairs][:0]
-
-
 ENGINES = {  # what makes generate(ids of prompts, n) -> new ids, the packages it needs, the tasks it is asked for
     "gpt2.py": (numpy_engine, ["numpy"], ["command", *TASKS]),
     "original": (original_engine, ["numpy"], ["command", "decode", "prefill of 1,000"]),
     "torch": (torch_engine, ["torch", "transformers"], ["command", *TASKS]),
     "ctranslate2": (ctranslate2_engine, ["ctranslate2", "transformers", "torch"], ["command", *TASKS]),
-    "ceiling": (ceiling_engine, ["numpy"], ["decode"]),
 }
 
 
@@ -209,7 +200,7 @@ def in_turns(measures, tasks, rounds):
     return figures, differing
 
 
-def report(figures, names, folder):
+def report(figures, names):
     """The lines of the table, and of the list below it."""
     medians = {row: {name: np.median(by[name]) for name in names if name in by} for row, by in figures.items()}
     if "there" in names:
@@ -220,19 +211,14 @@ def report(figures, names, folder):
             cells = [f"{x:.4g}" for x in (1000 * there, 1000 * here, *ratios)]
             yield f"| {row}, {'MB' if row == 'peak memory' else 'ms'} | {' | '.join(cells)} |"
         return
-    engines = [name for name in names if name != "ceiling"]
-    yield f"| | {' | '.join(engines)} |\n| --- |{' --- |' * len(engines)}"
+    yield f"| | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}"
     for row in sorted(medians, key=lambda row: row not in IN_TABLE):
         n = TASKS[row][0] if row in TASKS and TASKS[row][2] > 1 else 0
         unit = "tokens/s" if n else "GB" if row == "peak memory" else "s"
-        cells = {name: f"{n / value if n else value:.3g}" for name, value in medians[row].items() if name in engines}
-        in_table = f"| {row}, {unit} | {' | '.join(cells.get(name, '') for name in engines)} |"
+        cells = {name: f"{n / value if n else value:.3g}" for name, value in medians[row].items()}
+        in_table = f"| {row}, {unit} | {' | '.join(cells.get(name, '') for name in names)} |"
         yield in_table if row in IN_TABLE else f"- {row}, {unit}: {', '.join(map(' '.join, cells.items()))}"
-    shapes = utils.tensor_shapes(json.loads((folder / "hparams.json").read_text())).items()
-    n_bytes = sum(4 * np.prod(shape) for name, shape in shapes if name.endswith(("/w", "wte")))
-    ceiling, decode = (n_bytes / medians["decode"][name] / 1e9 for name in ("ceiling", "gpt2.py"))
-    yield f"- weights streamed, GB/s: ceiling {ceiling:.3g}, decode {decode:.3g} ({decode / ceiling:.0%} of it)"
-    for name in engines[1:]:
+    for name in names[1:]:
         ratios = [f"{row} {by[name] / by['gpt2.py']:.2f}" for row, by in medians.items() if name in by]
         yield f"- {name} / gpt2.py, of times and memory: {', '.join(ratios)}"
 
@@ -263,7 +249,7 @@ def main():
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     print(f"{folder.name}, float32; {cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}")
     print(f"medians of {args.rounds} rounds; tokens differ between engines in: {', '.join(differing) or 'none'}\n")
-    print(*report(figures, list(measures), folder), sep="\n")
+    print(*report(figures, list(measures)), sep="\n")
 
 
 if __name__ == "__main__":

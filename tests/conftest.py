@@ -49,6 +49,18 @@ def random_tensors(hparams, seed=0):
     return {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+def nested(tensors):
+    """{"model/h0/attn/c_attn/w": array, ...} -> params."""
+    params = {"blocks": [{} for name in tensors if name.endswith("ln_1/g")]}
+    for name, tensor in tensors.items():
+        *path, last = name.replace("/h", "/blocks/").split("/")[1:]
+        inner = params
+        for key in path:
+            inner = inner[int(key)] if key.isdigit() else inner.setdefault(key, {})
+        inner[last] = tensor
+    return params
+
+
 def write_checkpoint(folder, hparams, tensors, order=sorted):
     """Write what OpenAI's training wrote, through TensorFlow: checkpoint, model.ckpt.*, hparams.json; no vocabulary."""
     import tensorflow as tf

@@ -205,10 +205,8 @@ def test_a_mistyped_flag_is_refused_at_once(tmp_path, script, args):
     assert "Usage: " in result.stderr and "Traceback" not in result.stderr
 
 
-BAD = [("n_tokens_to_generate", value) for value in ("0", "-1", "1.5", "many", "", "inf")]
-BAD += [("temperature", "-1"), ("temperature", "nan"), ("temperature", "inf"), ("top_k", "1.5"), ("top_k", "-1")]
-BAD += [("top_p", "0"), ("top_p", "90"), ("seed", "-1"), ("seed", None), ("batch_size", "0")]
-BAD += [("prompt", None), ("models_dir", None), ("model_size", None)]
+BAD = [("n_tokens_to_generate", "1.5"), ("temperature", "nan"), ("top_k", "-1"), ("top_p", "90"), ("batch_size", "0")]
+BAD += [("seed", None), ("prompt", None), ("models_dir", None), ("model_size", None)]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)

@@ -4,11 +4,10 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT, error_of, random_tensors, run, write_checkpoint
+from conftest import GOLDEN, ROOT, error_of, nested, random_tensors, run, write_checkpoint
 
 import utils
 
@@ -16,21 +15,10 @@ ODD = {"n_vocab": 2048, "n_ctx": 64, "n_embd": 36, "n_head": 3, "n_layer": 11}  
 DATA, INDEX = "model.ckpt.data-00000-of-00001", "model.ckpt.index"
 
 
-def flat(params, prefix="model"):
-    """The nested dict of weights as {name in the checkpoint: array}."""
-    if isinstance(params, np.ndarray):
-        return {prefix: params}
-    inner = {key: value for key, value in params.items() if key != "blocks"}
-    inner |= {f"h{i}": block for i, block in enumerate(params.get("blocks", []))}
-    return {name: array for key, value in inner.items() for name, array in flat(value, f"{prefix}/{key}").items()}
-
-
 def assert_holds(params, hparams, tensors):
     """The weights are exactly `tensors` (which may have others, too), in float32."""
-    arrays = flat(params)
-    assert arrays.keys() == utils.tensor_shapes(hparams).keys() and len(params["blocks"]) == hparams["n_layer"]
-    for name, array in arrays.items():
-        assert array.dtype == np.float32 and np.array_equal(array, tensors[name]), name
+    np.testing.assert_equal(params, nested({name: tensors[name] for name in utils.tensor_shapes(hparams)}))
+    assert params["wte"].dtype == params["blocks"][-1]["ln_2"]["b"].dtype == np.float32
 
 
 @pytest.fixture
@@ -69,7 +57,7 @@ def test_every_layout(models, load, layout):
             params, said = load()
             assert_holds(params, ODD, tensors)
             assert said == ("" if number and layout == "as released" else "checking 2M …\n")
-            assert any(array.flags.writeable for array in flat(params).values()) == (layout != "as released")
+            assert params["wte"].flags.writeable == (layout != "as released")
 
 
 def test_a_checkpoint_of_another_name(models, load):
@@ -92,15 +80,6 @@ def test_only_the_first_run_imports_tensorflow(models):
         assert (result.stdout, result.stderr) == (f"{GOLDEN[1]['text']}\n{is_imported}\n", said)
 
 
-def test_two_first_runs_at_once(models):
-    args = ["Once", "--model_size=2M", f"--models_dir={models}"]
-    with ThreadPoolExecutor() as threads:
-        runs = list(threads.map(lambda _: run(*args), range(2)))
-    for result in [*runs, last := run(*args)]:
-        assert (result.returncode, result.stdout) == (0, GOLDEN[1]["text"] + "\n")
-    assert last.stderr == ""
-
-
 def test_the_models_folder_is_the_one_beside_the_code(tmp_path):
     result = run("Once", "--model_size=2M", cwd=tmp_path)
     assert (result.stdout, result.stderr) == (GOLDEN[1]["text"] + "\n", "")
@@ -121,7 +100,7 @@ def test_what_has_changed_is_checked_again_once(model, load, note, change):
     CHANGES[change](note)
     params, said = load()
     assert (said, load()[1]) == ("checking 2M …\n", "")
-    assert_holds(params, model[1], flat(model[2]))
+    np.testing.assert_equal(params, model[2])
 
 
 def test_a_note_that_cannot_be_written_is_no_error(model, load, note):
@@ -129,7 +108,7 @@ def test_a_note_that_cannot_be_written_is_no_error(model, load, note):
     note.symlink_to("/none/note")
     for _ in range(2):
         params, said = load()
-        assert_holds(params, model[1], flat(model[2]))
+        np.testing.assert_equal(params, model[2])
         assert said.startswith("checking 2M …\n") and str(note) in said
 
 
@@ -143,7 +122,6 @@ DAMAGE = [  # what the message must have; and what happens: in this file, this p
     ("hparams.json.*n_ctx", ("hparams.json", rb'"n_ctx": 256, ', b"")),
     *(("hparams.json", ("hparams.json", rb": 6}", new)) for new in (b": 0}", b": 5}", b": 7}")),
     ("hparams.json", ("hparams.json", rb"144", b"144.0")),
-    ("hparams.json", ("hparams.json", rb": 4,", b": 5,")),
     ("hparams.json", ("hparams.json", rb"256(.*)6", rb"1997\g<1>5")),  # a layer less, and as many positions more
     *((change[0], change) for change in (LAST_TOKEN, LAST_MERGE)),
     ("2047 tokens", LAST_TOKEN, LAST_MERGE),

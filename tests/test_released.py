@@ -1,7 +1,7 @@
 """The proof on OpenAI's own weights: what the released models are known to say, word for word.
 
-Each model in the models folder (or in the folder that GPT2_MODELS_DIR in the environment names) is held to its published
-outputs. The same test holds the bundled model to its golden file, so it is known to be able to fail.
+Each model in the models folder, or in GPT2_MODELS_DIR, is held to outputs that picoGPT and transformers published. The
+same code holds the bundled model to its golden file, so it is known to be able to fail.
 """
 
 import os
@@ -22,10 +22,7 @@ The computer is a machine that can perform complex calculations, and it can perf
 DOG = [373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688, 27262, 13, 198, 198, 464, 3290]
 
 TEXTS = [("124M", TURING, BECOME), *[("2M", golden["prompt"], golden["text"]) for golden in GOLDEN]]
-IDS = [
-    ("124M", [464, 3290], DOG),
-    *[("2M", golden["ids"], golden["greedy"]) for golden in GOLDEN],
-]  # 124M: transformers
+IDS = [("124M", [464, 3290], DOG), *[("2M", golden["ids"], golden["greedy"]) for golden in GOLDEN]]
 
 
 def folder_of(model_size):
