@@ -18,7 +18,8 @@ import os
 import regex
 
 # A word keeps the one space before it. Endings such as 's and 'll are words of their own, and so is each run of
-# letters, digits, other signs or white space. The last blank of a run joins the next word or stands alone.
+# letters, digits, other signs or white space. Of several blanks before a word the last is split off: if it is a
+# space, it joins the word.
 WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
@@ -26,7 +27,7 @@ WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]
 def bytes_to_unicode():
     """The character that stands for each of the 256 bytes: {byte: character}.
 
-    vocab.bpe is a text file with spaces between pieces and line ends between merges, so a piece has neither.
+    vocab.bpe is a text file, each line a merge: two pieces with a space between. So a piece has no space or line end.
     A printable byte stands for itself; the other 68 get the characters from 256 on: "Ġ" (288) is the space.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -65,7 +66,7 @@ class Encoder:
         """
         pieces = [*token, ""]  # the empty piece marks the end; no merge has an empty part
         after = [*range(1, len(pieces)), 0]  # the right neighbour of pieces[i] is pieces[after[i]]
-        before = [*range(-1, len(token))]  # and the left one pieces[before[i]]; both run in a circle, through the end
+        before = [*range(-1, len(token))]  # and the left one pieces[before[i]]; that of the first is -1, the end
         ranks = enumerate(map(self.rank, pieces, pieces[1:]))
         heap = [(rank, i) for i, rank in ranks if rank is not None]
         heapq.heapify(heap)
@@ -73,7 +74,7 @@ class Encoder:
             rank, i = heapq.heappop(heap)
             j = after[i]
             if self.rank(pieces[i], pieces[j]) != rank:
-                continue  # one of the two has been joined with another piece since
+                continue  # out of date: one of the two has grown or been swallowed (it is "" then) since
             pieces[i], pieces[j] = pieces[i] + pieces[j], ""
             after[i] = after[j]
             before[after[j]] = i

@@ -45,7 +45,7 @@ def linear(x, w, b):
 
 def ffn(x, c_fc, c_proj):
     """The feed-forward network, at each position by itself. c_fc: fully connected layer; c_proj: projection back."""
-    return linear(gelu(linear(x, **c_fc)), **c_proj)  # [..., n_embd] -> [..., 4*n_embd] -> [..., n_embd]
+    return linear(gelu(linear(x, **c_fc)), **c_proj)  # {"w", "b"} each; [..., n_embd] -> 4*n_embd -> n_embd
 
 
 def attention(q, k, v, mask):
@@ -66,12 +66,12 @@ def causal_mask(query_positions, key_positions):
 
 
 def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
-    """Multi-head attention: n_head attentions side by side, each with its own d_head of the n_embd numbers."""
+    """Multi-head attention: n_head attentions side by side, on d_head numbers each. start: the position x begins at."""
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
     positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq]; with a start per row [n_batch, n_seq]
     # The KV cache, for generation. A position's keys and values depend only on the tokens up to it, so they stay the
-    # same while the text grows. They are kept: a new token costs one query, and not one for each token of the text.
+    # same while the text grows. They are kept, so a new token costs one query, not one for every token of the text.
     if cache is not None:  # this layer's: [2 (keys, values), n_batch, n_head, n_positions, d_head]
         for b, at in enumerate(positions):  # each row of the batch is at positions of its own
             cache[:, b, :, at[0] : at[-1] + 1] = k[b], v[b]  # 2 times [n_head, n_seq, d_head]
@@ -91,7 +91,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
     wte, wpe: word token and position embeddings. blocks: the weights of each layer, blocks[3]["attn"]["c_attn"]["w"].
-    With a cache (and each row's start) only the last positions get logits: [n_batch, n_seq] -> [n_batch, n_vocab].
+    With a cache, start has the position of each row's first id, and only the last ids get logits: [n_batch, n_vocab].
     """
     inputs = np.asarray(inputs)
     positions = np.expand_dims(start, -1) + np.arange(inputs.shape[-1])  # [n_seq], with a cache [n_batch, n_seq]
@@ -120,7 +120,7 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     probs = softmax(logits)
     if top_p and top_p < 1:
         for row in probs.reshape(-1, probs.shape[-1]):  # [n_vocab], a view: what is set here is set in probs
-            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # all others add up to less than 1 - top_p
+            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # enough: the others sum to < 1 - top_p
             sum_before = falling.cumsum() - falling  # of the more probable tokens
             row[row < falling[sum_before < top_p][-1]] = 0  # [-1]: the last token that is needed to reach p
         probs /= probs.sum(-1, keepdims=True)
@@ -146,11 +146,11 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     cache_shape = len(params["blocks"]), 2, n_batch, n_head, max(lengths) + n_new, n_embd // n_head
     model = {**params, "n_head": n_head, "cache": np.zeros(cache_shape, np.float32)}
 
-    # Prefill: first all rows run through positions 0 to n_before - 1, about 256 tokens at a time to bound the memory.
-    # Shorter prompts are padded on the right: a pad comes after all real tokens of its row, so none of them sees it;
-    # when the row has grown to a pad's position, its token takes the place in the cache. Then each row runs through its
-    # own last n_last tokens, so that all rows end on a real one. Of prompts of 2 and 9 tokens, first positions 0-6 of
-    # both (5 pads in the short one), then 0-1 of the short one (once more) and 7-8 of the long one.
+    # Prefill: run the prompts through the model, about 256 tokens at a time to bound the memory. Short prompts are
+    # padded on the right: a pad comes after all real tokens of its row, so none of them sees it; when the row has grown
+    # to a pad's position, its token takes the place in the cache. The logits come from the last position, which must be
+    # a real token in every row, so the last call takes each row's own last tokens, as many as the shortest prompt has.
+    # Prompts of 2 and 9 tokens: first positions 0-6 of both (5 pads), then 0-1 (once more) of one, 7-8 of the other.
     piece = max(1, 256 // n_batch)
     n_last = min(piece, *lengths)
     n_before = max(lengths) - n_last
@@ -172,8 +172,8 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
         ended |= ids == stop_id
         if ended.all():  # until then ended rows are still computed; ignore their further ids
             return
-        start = [first + inputs.shape[1] for first in start]
-        inputs = ids[:, None]  # decode: from now on one token for each row, [n_batch, 1]
+        start = [first + inputs.shape[1] for first in start]  # after prompts of 2 and 9 tokens: [2, 9], then [3, 10]
+        inputs = ids[:, None]  # decode: from now on one query for each row, [n_batch, 1], which sees all of its row
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, **options):
@@ -188,11 +188,11 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 
 
 def complete(prompts, model, batch_size, **options):
-    """Yield each prompt with its text, batch by batch, reading prompts as they are due."""
-    encoder, hparams, params = model  # as utils loads it. <|endoftext|> stands between two texts; a prompt "" is that
+    """Yield each prompt with its text, batch by batch. A prompt is read when its batch is due."""
+    encoder, hparams, params = model
     prompts, first_row, end = iter(prompts), 0, encoder.encoder["<|endoftext|>"]
     while batch := list(itertools.islice(prompts, batch_size)):
-        ids = [encoder.encode(prompt) or [end] for prompt in batch]
+        ids = [encoder.encode(prompt) or [end] for prompt in batch]  # "" becomes the token that stands between texts
         steps = generate_steps(ids, params, hparams["n_head"], first_row=first_row, stop_id=end, **options)
         for prompt, row in zip(batch, zip(*steps)):
             yield prompt, encoder.decode(itertools.takewhile(lambda id: id != end, row))
@@ -261,7 +261,7 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
     elif prompts:
         show(prompts[0], model, **options)
     else:
-        ask(lambda number, line: show(line, model, first_row=number, **options))
+        ask(lambda number, line: show(line, model, first_row=number, **options))  # a random stream for each line
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
     size = len(params["blocks"]), 2, len(prompts), n_head, max(lengths) + n_tokens_to_generate, d_head
     model = {**params, "n_head": n_head, "cache": np.zeros(size, np.float32)}
     gpt2([[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts], **model, start=0 * lengths)
-    ids = [np.array([prompt[-1] for prompt in prompts])]
+    ids = [np.array([prompt[-1] for prompt in prompts])]  # once more, for its logits
     for step in range(n_tokens_to_generate):
         ids.append(gpt2(ids[-1][:, None], **model, start=lengths - 1 + step).argmax(-1))
     return np.transpose(ids[1:]).tolist() if prompts is inputs else np.ravel(ids[1:]).tolist()

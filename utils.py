@@ -33,7 +33,7 @@ SHA256 = {  # the same for all sizes; fetched first, so a server that sends some
 
 
 def is_whole(path):
-    """Is one of the FILES there? The data file must also be as long as hparams.json, which comes before it, says."""
+    """Is one of the FILES there? The data file must also have the length that follows from hparams.json before it."""
     if path.name == FILES[-1] and path.exists():
         shapes = tensor_shapes(load_hparams(path.parent))
         return path.stat().st_size >= sum(4 * math.prod(shape) for shape in shapes.values())
@@ -59,12 +59,12 @@ def download_gpt2_files(model_size, model_dir):
 
 
 def download(url, path):
-    """Fetch url into path. Until it is whole it is path.part, and another try or run goes on where that ends."""
+    """Fetch url into path. A file that is not whole yet is named path.part, and the next try or run continues it."""
     import requests
     from urllib3.exceptions import MaxRetryError
 
     part = Path(f"{path}.part")
-    if path.exists():  # only the beginning of it: go on from there
+    if path.exists():  # another program has left only the beginning: go on from there
         path.replace(part)
     for tries in range(1, 6):
         try:
@@ -75,10 +75,9 @@ def download(url, path):
             while cause.__context__:  # the first cause says it in plain words: "Connection refused"
                 cause = cause.__context__
             reason = getattr(cause, "strerror", None) or cause
-            if isinstance(error.args[0], MaxRetryError):
-                raise OSError(f"cannot reach {url}: {reason}; --model_size 2M works without a network") from None
-            if tries == 5:
-                raise OSError(f"cannot fetch {url}: {reason}; run again to go on where it stopped") from None
+            if tries == 5 or isinstance(error.args[0], MaxRetryError):  # that is: no connection at all
+                hint = "run again to go on where it stopped (--model_size 2M works without a network)"
+                raise OSError(f"cannot fetch {url}: {reason}; {hint}") from None
             print(f"{url}: {reason}; trying again ({tries + 1} of 5)", file=sys.stderr, flush=True)
             time.sleep(2**tries / 8)  # seconds
     if path.name in SHA256 and hashlib.sha256(part.read_bytes()).hexdigest() != SHA256[path.name]:
@@ -97,12 +96,14 @@ def fetch(url, part):
     with requests.get(url, headers=headers, stream=True, timeout=(10, 15)) as response:  # seconds to connect, to read
         status, content_range = response.status_code, response.headers.get("Content-Range", "")
         match = re.fullmatch(rf"bytes {size}-\d+/(\d+)", content_range)
+        if status == 416 and content_range == f"bytes */{size}":
+            return  # nothing comes after these bytes: the file is whole
         if status == 206 and match:  # what was asked for
             total = int(match[1])
         elif status == 200:  # the whole file: this server knows no ranges
             size, total = 0, int(response.headers.get("Content-Length", 0))  # 0: it does not say
         else:
-            if status == 416:  # the file has no bytes after these: begin again
+            if status == 416:  # there is more than the file has: begin again
                 part.unlink(missing_ok=True)
             raise requests.HTTPError(f"HTTP status {status} {content_range}".rstrip())
         bar = tqdm(desc=part.stem, total=total, initial=size, unit="B", unit_scale=True, disable=None)
@@ -122,8 +123,8 @@ def reading(path):
     try:
         yield
     except Exception as error:  # noqa: BLE001
-        mend = "put a good copy in its place (a released model: delete it, and the next run fetches it)"
-        raise ValueError(f"{path} is missing or damaged ({type(error).__name__}: {error}); {mend}") from None
+        mend = "if it is damaged, put a good copy in its place (a released model: delete it, the next run fetches it)"
+        raise ValueError(f"cannot read {path} ({type(error).__name__}: {error}); {mend}") from None
 
 
 def load_hparams(model_dir):
@@ -193,7 +194,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
             if name not in tensors or not np.array_equal(tensor, tensors[name]):
                 tensors[name], is_mapped = tensor, False
         try:
-            note.write_text(checked if is_mapped else "")
+            note.write_text(checked if is_mapped else "")  # "": the next run reads through TensorFlow again
         except OSError as error:
             print(f"(this comes every time, because {note} cannot be written: {error.strerror})", file=sys.stderr)
     params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
@@ -203,7 +204,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         for key in keys:
             inner = params["blocks"][int(key[1:])] if key[0] == "h" else inner.setdefault(key, {})
         inner[last] = tensor
-    np.empty(8_000_000, np.float32)  # freed at once; after that glibc keeps freed arrays for reuse: prefill -5 to -15 %
+    np.empty(8_000_000, np.float32)  # once glibc has freed so much, it reuses memory: prefill takes 5 to 15 % less time
     return params
 
 
@@ -292,7 +293,8 @@ def run(function):
         from fire import Fire, parser
 
         parser.DefaultParseValue = str  # no "1,2" that becomes a tuple
-        # fire's own separator is "-", which may be a prompt. fire prints it in messages, where --help fits
+        # fire cuts the arguments at a separator. That is "-", which may be a prompt, so here it is something that does
+        # not occur any more: --help. fire shows it in its messages, where it fits
         asks_for_help = {"-h", "--help"} & set(sys.argv[1:])
         Fire(stand_in, ["--", "--help"] if asks_for_help else [*sys.argv[1:], "--", "--separator=--help"])
         [(args, options)] = calls
@@ -306,6 +308,6 @@ def run(function):
         sys.stdout.flush()
         gc.freeze()  # Python need not look for garbage when it ends: 40 ms
     except (ImportError, MemoryError, OSError, ValueError) as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard what could not be written
         hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
         sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {' '.join(str(error).split())}{hint}")

@@ -121,7 +121,7 @@ DAMAGE = [  # what the message must have; and what happens: in this file, this p
     (INDEX, (INDEX, rb"ln_f", b"ln_g")),
     ("hparams.json.*n_ctx", ("hparams.json", rb'"n_ctx": 256, ', b"")),
     *(("hparams.json", ("hparams.json", rb": 6}", new)) for new in (b": 0}", b": 5}", b": 7}")),
-    ("hparams.json", ("hparams.json", rb"144", b"144.0")),
+    *(("hparams.json", ("hparams.json", *change)) for change in ((rb"144", b"144.0"), (rb": 4,", b": 5,"))),
     ("hparams.json", ("hparams.json", rb"256(.*)6", rb"1997\g<1>5")),  # a layer less, and as many positions more
     *((change[0], change) for change in (LAST_TOKEN, LAST_MERGE)),
     ("2047 tokens", LAST_TOKEN, LAST_MERGE),
