@@ -138,8 +138,8 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     lengths, n_new = [len(prompt) for prompt in prompts], n_tokens_to_generate
     for number, prompt in enumerate(prompts, first_row + 1):
         if not 1 <= len(prompt) <= n_ctx - n_new or min(prompt) < 0 or max(prompt) >= n_vocab:
-            limit = f"the context length is {n_ctx} (and a prompt is 1 token or more, with ids from 0 to {n_vocab - 1})"
-            raise ValueError(f"prompt {number} has {len(prompt)} tokens and {n_new} are to be generated, but {limit}")
+            limit = f"1 to {n_ctx} (the context length) less the {n_new} to be generated, with ids below {n_vocab}"
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens; it can have {limit}")
     greedy = temperature == 0 or [temperature, top_k, top_p, seed] == [None] * 4
     seeds = [None if seed is None else [seed, first_row + b] for b in range(n_batch)]
     streams = [] if greedy else [np.random.default_rng(row_seed) for row_seed in seeds]
@@ -234,11 +234,11 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
         prompts_file: a file with one prompt a line, or - for standard input; writes {"prompt": ..., "text": ...} lines
         n_tokens_to_generate: how many tokens to generate at most; one is about four letters
         model_size: 124M, 355M, 774M or 1558M (downloaded once), or any folder in models_dir, such as 2M
-        models_dir: the folder with the models; None: the folder "models" beside gpt2.py
-        temperature: below 1 favours probable tokens, above 1 improbable ones; 0: greedy; None: 1
-        top_k: draw from the k most probable tokens; None or 0: from all
-        top_p: draw from the fewest tokens that together have this probability; None or 1: from all
-        seed: a whole number; the same one gives the same text again; None: another text each time
+        models_dir: the folder with the models; without it, the folder "models" beside gpt2.py
+        temperature: below 1 favours probable tokens, above 1 improbable ones; 0: greedy; without it, 1
+        top_k: draw from the k most probable tokens; without it (or 0), from all
+        top_p: draw from the fewest tokens that together have this probability; without it (or 1), from all
+        seed: a whole number; the same one gives the same text again; without it, another text each time
         batch_size: how many prompts to work on together
     """
     from utils import ask, check_options, load_encoder_hparams_and_params, read_prompts
@@ -247,14 +247,14 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
     options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size, **sampling)
     batch_size = options.pop("batch_size")
     prompts = prompts if prompt is None else (*prompts, prompt)
-    if prompts and prompts_file:
+    if prompts and prompts_file is not None:
         raise ValueError("give prompts or --prompts_file, not both")
-    if prompts_file:
+    if prompts_file is not None:
         prompts = read_prompts(prompts_file)
     elif not prompts and not sys.stdin.isatty():
         prompts = [*read_prompts("-", whole=True)]
     model = load_encoder_hparams_and_params(model_size, models_dir)
-    if prompts_file or len(prompts) > 1:
+    if prompts_file is not None or len(prompts) > 1:
         for given, text in complete(prompts, model, batch_size, **options):
             line = json.dumps({"prompt": given, "text": text}, ensure_ascii=sys.stdout.encoding.lower() != "utf-8")
             print(line if prompts_file else f"> {given}\n{text}", flush=True)

@@ -228,7 +228,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
         prefix = Path(re.search(r'^model_checkpoint_path: "(.+)"', text, re.MULTILINE)[1]).name
     hparams = load_hparams(model_dir)
     params = load_gpt2_params_from_tf_ckpt(str(model_dir / prefix), hparams)
-    with reading(model_dir / "encoder.json or vocab.bpe"):
+    with reading(model_dir / "encoder.json, vocab.bpe or hparams.json"):
         encoder = get_encoder(model_size, models_dir)
         if len(encoder.encoder) != hparams["n_vocab"]:
             raise ValueError(f"{len(encoder.encoder)} tokens, by hparams.json it should be {hparams['n_vocab']}")
@@ -238,7 +238,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
 # ---- Run ------------------------------------------------------------------------------------------------------------
 
 OPTIONS = {  # name: (type, lowest, highest)
-    "n_tokens_to_generate": (int, 1, math.inf), "batch_size": (int, 1, math.inf), "temperature": (float, 0, 1e9),
+    "n_tokens_to_generate": (int, 1, math.inf), "batch_size": (int, 1, math.inf), "temperature": (float, 0, 10**9),
     "top_k": (int, 0, math.inf), "top_p": (float, 1e-9, 1), "seed": (int, 0, math.inf),
 }  # fmt: skip
 
@@ -300,7 +300,7 @@ def run(function):
         [(args, options)] = calls
         for name, value in options.items():
             if value in ("True", "False") and not any(arg.endswith(value) for arg in sys.argv[1:]):
-                raise ValueError(f"--{name} needs a value (fire made {value!r} of the flag alone)")
+                raise ValueError(f"--{name} needs a value")  # fire has made the text "True" of the flag alone
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
         result = function(*args, **options)
         if result is not None:
