@@ -66,7 +66,7 @@ class Encoder:
         """
         pieces = [*token, ""]  # the empty piece marks the end; no merge has an empty part
         after = [*range(1, len(pieces)), 0]  # the right neighbour of pieces[i] is pieces[after[i]]
-        before = [*range(-1, len(token))]  # and the left one pieces[before[i]]; that of the first is -1, the end
+        before = [*range(-1, len(token))]  # and the left one pieces[before[i]]; the first has -1: the end piece
         ranks = enumerate(map(self.rank, pieces, pieces[1:]))
         heap = [(rank, i) for i, rank in ranks if rank is not None]
         heapq.heapify(heap)

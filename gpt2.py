@@ -15,7 +15,7 @@ import sys
 import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
-# Array functions only: put jax.numpy in the place of np and, without a cache, it compiles and differentiates.
+# Array functions only: with jax.numpy in the place of np, JAX can compile and differentiate the model.
 
 
 def gelu(x):
@@ -75,7 +75,7 @@ def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
     if cache is not None:  # this layer's: [2 (keys, values), n_batch, n_head, n_positions, d_head]
         for b, at in enumerate(positions):  # each row of the batch is at positions of its own
             cache[:, b, :, at[0] : at[-1] + 1] = k[b], v[b]  # 2 times [n_head, n_seq, d_head]
-        k, v = cache[:, :, :, : positions.max() + 1]  # all so far: 2 times [n_batch, n_head, n_key, d_head]
+        k, v = cache[:, :, :, : positions.max() + 1]  # of all rows so far: 2 times [n_batch, n_head, n_key, d_head]
     mask = causal_mask(positions, np.arange(k.shape[-2]))  # [..., 1, n_seq, n_key]
     heads = attention(q, k, v, mask).swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
     return linear(heads.reshape(x.shape), **c_proj)  # mix what the heads have found: [..., n_seq, n_embd]
@@ -120,7 +120,7 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     probs = softmax(logits)
     if top_p and top_p < 1:
         for row in probs.reshape(-1, probs.shape[-1]):  # [n_vocab], a view: what is set here is set in probs
-            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # enough: the others sum to < 1 - top_p
+            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # all others sum to less than 1 - top_p
             sum_before = falling.cumsum() - falling  # of the more probable tokens
             row[row < falling[sum_before < top_p][-1]] = 0  # [-1]: the last token that is needed to reach p
         probs /= probs.sum(-1, keepdims=True)
@@ -132,7 +132,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     """Yield the next id of every prompt, [n_batch], step by step. Raises ValueError for a prompt that does not fit.
 
     Greedy (always the highest logit) if temperature is 0 or none of temperature, top_k, top_p and seed is given. Else
-    row b draws from a random stream of its own, made from seed and first_row + b, whatever the other rows do.
+    row b draws from a random stream of its own, made from seed and first_row + b. Ends early if all rows had stop_id.
     """
     (n_vocab, n_embd), n_ctx, n_batch = params["wte"].shape, len(params["wpe"]), len(prompts)
     lengths, n_new = [len(prompt) for prompt in prompts], n_tokens_to_generate
@@ -149,8 +149,8 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     # Prefill: run the prompts through the model, about 256 tokens at a time to bound the memory. Short prompts are
     # padded on the right: a pad comes after all real tokens of its row, so none of them sees it; when the row has grown
     # to a pad's position, its token takes the place in the cache. The logits come from the last position, which must be
-    # a real token in every row, so the last call takes each row's own last tokens, as many as the shortest prompt has.
-    # Prompts of 2 and 9 tokens: first positions 0-6 of both (5 pads), then 0-1 (once more) of one, 7-8 of the other.
+    # a real token in every row, so the last call takes each row's own n_last tokens, as many as the shortest prompt has
+    # (or 256). Prompts of 2 and 9: first positions 0-6 of both (5 pads), then 0-1 (once more) of one, 7-8 of the other.
     piece = max(1, 256 // n_batch)
     n_last = min(piece, *lengths)
     n_before = max(lengths) - n_last
@@ -233,7 +233,7 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
         prompt: one more, which may begin with a dash: --prompt="--like this"
         prompts_file: a file with one prompt a line, or - for standard input; writes {"prompt": ..., "text": ...} lines
         n_tokens_to_generate: how many tokens to generate at most; one is about four letters
-        model_size: 124M, 355M, 774M or 1558M (downloaded once), or any folder in models_dir, such as 2M
+        model_size: 124M, 355M, 774M or 1558M (downloaded once), 2M (is there), or another folder in models_dir
         models_dir: the folder with the models; without it, the folder "models" beside gpt2.py
         temperature: below 1 favours probable tokens, above 1 improbable ones; 0: greedy; without it, 1
         top_k: draw from the k most probable tokens; without it (or 0), from all

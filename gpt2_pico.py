@@ -1,5 +1,5 @@
 # fmt: off
-"""gpt2.py without the words: GPT-2 with KV cache and ragged batch, greedy, in as few lines as stay readable."""
+"""gpt2.py without the words: GPT-2 with a KV cache, for prompts of any lengths, in as few lines as we dared."""
 import numpy as np  # noqa: I001
 
 import utils

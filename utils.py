@@ -33,7 +33,7 @@ SHA256 = {  # the same for all sizes; fetched first, so a server that sends some
 
 
 def is_whole(path):
-    """Is one of the FILES there? The data file must also have the length that follows from hparams.json before it."""
+    """Is one of the FILES there? The data file must also have all the bytes that hparams.json calls for."""
     if path.name == FILES[-1] and path.exists():
         shapes = tensor_shapes(load_hparams(path.parent))
         return path.stat().st_size >= sum(4 * math.prod(shape) for shape in shapes.values())
@@ -64,7 +64,7 @@ def download(url, path):
     from urllib3.exceptions import MaxRetryError
 
     part = Path(f"{path}.part")
-    if path.exists():  # another program has left only the beginning: go on from there
+    if path.exists():  # the data file, of which another program has left only the beginning: go on from there
         path.replace(part)
     for tries in range(1, 6):
         try:
@@ -204,7 +204,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         for key in keys:
             inner = params["blocks"][int(key[1:])] if key[0] == "h" else inner.setdefault(key, {})
         inner[last] = tensor
-    np.empty(8_000_000, np.float32)  # once glibc has freed so much, it reuses memory: prefill takes 5 to 15 % less time
+    np.empty(8_000_000, np.float32)  # freed at once; from now on glibc keeps freed blocks: prefill takes 5 to 15 % less
     return params
 
 
@@ -293,8 +293,8 @@ def run(function):
         from fire import Fire, parser
 
         parser.DefaultParseValue = str  # no "1,2" that becomes a tuple
-        # fire cuts the arguments at a separator. That is "-", which may be a prompt, so here it is something that does
-        # not occur any more: --help. fire shows it in its messages, where it fits
+        # What follows "--" is for fire itself. Its separator is "-", which may be a prompt, so --help takes the place:
+        # it cannot be among these arguments, and reads well in fire's messages
         asks_for_help = {"-h", "--help"} & set(sys.argv[1:])
         Fire(stand_in, ["--", "--help"] if asks_for_help else [*sys.argv[1:], "--", "--separator=--help"])
         [(args, options)] = calls
@@ -308,6 +308,6 @@ def run(function):
         sys.stdout.flush()
         gc.freeze()  # Python need not look for garbage when it ends: 40 ms
     except (ImportError, MemoryError, OSError, ValueError) as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard what could not be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest; 141: as if by SIGPIPE
         hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
         sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {' '.join(str(error).split())}{hint}")
