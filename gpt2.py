@@ -15,7 +15,7 @@ import sys
 import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
-# Array functions only: with jax.numpy in the place of np, JAX can compile and differentiate the model.
+# Array functions only: with jax.numpy in the place of np, JAX can compile and differentiate it (without a cache).
 
 
 def gelu(x):
@@ -31,7 +31,7 @@ def softmax(x):
 
 
 def layer_norm(x, g, b, eps=1e-5):
-    """Bring each row to mean 0 and variance 1, then scale it by g (gain) and shift it by b (bias)."""
+    """Bring each position's numbers to mean 0 and variance 1, scale them by g (gain) and shift them by b (bias)."""
     x = x - x.sum(-1, keepdims=True) / x.shape[-1]  # sum() / n takes half the time of mean()
     variance = (x * x).sum(-1, keepdims=True) / x.shape[-1]  # [..., 1]
     return x / np.sqrt(variance + eps) * g + b
@@ -75,7 +75,7 @@ def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
     if cache is not None:  # this layer's: [2 (keys, values), n_batch, n_head, n_positions, d_head]
         for b, at in enumerate(positions):  # each row of the batch is at positions of its own
             cache[:, b, :, at[0] : at[-1] + 1] = k[b], v[b]  # 2 times [n_head, n_seq, d_head]
-        k, v = cache[:, :, :, : positions.max() + 1]  # of all rows so far: 2 times [n_batch, n_head, n_key, d_head]
+        k, v = cache[:, :, :, : positions.max() + 1]  # up to the longest row: 2 times [n_batch, n_head, n_key, d_head]
     mask = causal_mask(positions, np.arange(k.shape[-2]))  # [..., 1, n_seq, n_key]
     heads = attention(q, k, v, mask).swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
     return linear(heads.reshape(x.shape), **c_proj)  # mix what the heads have found: [..., n_seq, n_embd]
@@ -90,8 +90,8 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, start=0):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
-    wte, wpe: word token and position embeddings. blocks: the weights of each layer, blocks[3]["attn"]["c_attn"]["w"].
-    With a cache, start has the position of each row's first id, and only the last ids get logits: [n_batch, n_vocab].
+    wte, wpe: n_embd numbers for each word token, each position (embeddings). blocks[3]: the weights of layer 3. ln_f:
+    the final layer_norm. With a cache, start has the position of each row's first id, and only the last ids get logits.
     """
     inputs = np.asarray(inputs)
     positions = np.expand_dims(start, -1) + np.arange(inputs.shape[-1])  # [n_seq], with a cache [n_batch, n_seq]
@@ -113,14 +113,14 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     top_p the fewest that together reach probability p (Holtzman et al., 2020). Ties with the last one stay too.
     """
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
-    logits = np.asarray(logits, np.float64, order="C")
+    logits = np.asarray(logits, np.float64, order="C")  # rows that lie together, so that they can be views below
     logits = (logits - logits.max(-1, keepdims=True)) / temperature
     if top_k and top_k < logits.shape[-1]:
         logits = np.where(logits < np.partition(logits, -top_k)[..., -top_k, None], -np.inf, logits)  # < k-th highest
     probs = softmax(logits)
     if top_p and top_p < 1:
-        for row in probs.reshape(-1, probs.shape[-1]):  # [n_vocab], a view: what is set here is set in probs
-            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # all others sum to less than 1 - top_p
+        for row in probs.reshape(-1, probs.shape[-1]):  # [n_vocab], views: what is set here is set in probs
+            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # the others are less than 1 - top_p in all
             sum_before = falling.cumsum() - falling  # of the more probable tokens
             row[row < falling[sum_before < top_p][-1]] = 0  # [-1]: the last token that is needed to reach p
         probs /= probs.sum(-1, keepdims=True)
@@ -131,8 +131,8 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
                    temperature=None, top_k=None, top_p=None, seed=None):  # fmt: skip
     """Yield the next id of every prompt, [n_batch], step by step. Raises ValueError for a prompt that does not fit.
 
-    Greedy (always the highest logit) if temperature is 0 or none of temperature, top_k, top_p and seed is given. Else
-    row b draws from a random stream of its own, made from seed and first_row + b. Ends early if all rows had stop_id.
+    Greedy (the highest logit) if temperature is 0 or none of temperature, top_k, top_p and seed is given. Else row b
+    draws with random numbers made from seed and its place among all prompts, first_row + b. Ends once all had stop_id.
     """
     (n_vocab, n_embd), n_ctx, n_batch = params["wte"].shape, len(params["wpe"]), len(prompts)
     lengths, n_new = [len(prompt) for prompt in prompts], n_tokens_to_generate
@@ -149,14 +149,14 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     # Prefill: run the prompts through the model, about 256 tokens at a time to bound the memory. Short prompts are
     # padded on the right: a pad comes after all real tokens of its row, so none of them sees it; when the row has grown
     # to a pad's position, its token takes the place in the cache. The logits come from the last position, which must be
-    # a real token in every row, so the last call takes each row's own n_last tokens, as many as the shortest prompt has
-    # (or 256). Prompts of 2 and 9: first positions 0-6 of both (5 pads), then 0-1 (once more) of one, 7-8 of the other.
+    # a real token in every row. So the last call takes each row's own n_last tokens: as many as all rows have, at most
+    # a piece. Prompts of 2 and 9: first positions 0-6 of both (5 pads), then 0-1 (once more) of one, 7-8 of the other.
     piece = max(1, 256 // n_batch)
     n_last = min(piece, *lengths)
     n_before = max(lengths) - n_last
     padded = np.array([[*prompt, *[0] * n_before][:n_before] for prompt in prompts])  # [n_batch, n_before]
     for first in range(0, n_before, piece):
-        gpt2(padded[:, first : first + piece], **model, start=[first] * n_batch)
+        gpt2(padded[:, first : first + piece], **model, start=[first] * n_batch)  # only to fill the cache
     inputs = np.array([prompt[-n_last:] for prompt in prompts])  # [n_batch, n_last]
     start = [length - n_last for length in lengths]
 
@@ -177,7 +177,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, **options):
-    """The ids that follow a prompt's ids: a list; for a list of prompts a list of lists. options as generate_steps."""
+    """The ids that follow a prompt's ids: a list; for a list of prompts a list of lists. See generate_steps."""
     is_batch = any(np.ndim(prompt) for prompt in inputs)
     steps = generate_steps(inputs if is_batch else [inputs], params, n_head, n_tokens_to_generate, **options)
     rows = np.stack(list(steps), axis=1).tolist()  # [n_batch, n_steps]
@@ -225,15 +225,15 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
     """Continue a text with GPT-2.
 
     One prompt: the text appears as it is generated. Several: "> prompt", and below it its text. None: asks for prompts
-    until Ctrl-D; a pipe is one prompt. Greedy (always the most probable token) unless temperature, top_k, top_p or
-    seed is given: then tokens are drawn at random.
+    until Ctrl-D, or takes what comes through a pipe as one prompt. Greedy (always the most probable token) unless
+    temperature, top_k, top_p or seed is given: then tokens are drawn at random.
 
     Args:
         prompts: beginnings of texts
         prompt: one more, which may begin with a dash: --prompt="--like this"
         prompts_file: a file with one prompt a line, or - for standard input; writes {"prompt": ..., "text": ...} lines
         n_tokens_to_generate: how many tokens to generate at most; one is about four letters
-        model_size: 124M, 355M, 774M or 1558M (downloaded once), 2M (is there), or another folder in models_dir
+        model_size: 124M, 355M, 774M or 1558M (downloaded once), 2M (comes along), or any folder in models_dir
         models_dir: the folder with the models; without it, the folder "models" beside gpt2.py
         temperature: below 1 favours probable tokens, above 1 improbable ones; 0: greedy; without it, 1
         top_k: draw from the k most probable tokens; without it (or 0), from all

@@ -33,7 +33,7 @@ SHA256 = {  # the same for all sizes; fetched first, so a server that sends some
 
 
 def is_whole(path):
-    """Is one of the FILES there? The data file must also have all the bytes that hparams.json calls for."""
+    """Is this file there? The data file must also have all the bytes that hparams.json calls for."""
     if path.name == FILES[-1] and path.exists():
         shapes = tensor_shapes(load_hparams(path.parent))
         return path.stat().st_size >= sum(4 * math.prod(shape) for shape in shapes.values())
@@ -184,17 +184,17 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     stats = [os.stat(path) for path in (data, tf_ckpt_path + ".index")]
     checked = json.dumps([[(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats], [*shapes.items()]])
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
-    is_mapped = stats[0].st_size == 4 * ends[-1]
-    if is_mapped:
+    can_map = stats[0].st_size == 4 * ends[-1]
+    if can_map:
         floats = np.split(np.memmap(data, "<f4", "r").view(np.ndarray), ends[:-1])
         tensors = {name: part.reshape(shapes[name]) for name, part in zip(shapes, floats)}
-    if not is_mapped or not note.exists() or note.read_bytes() != checked.encode():
+    if not can_map or not note.exists() or note.read_bytes() != checked.encode():
         print(f"checking {data.parent.name} …", file=sys.stderr, flush=True)
         for name, tensor in read_through_tensorflow(tf_ckpt_path, hparams):
             if name not in tensors or not np.array_equal(tensor, tensors[name]):
-                tensors[name], is_mapped = tensor, False
+                tensors[name], can_map = tensor, False
         try:
-            note.write_text(checked if is_mapped else "")  # "": the next run reads through TensorFlow again
+            note.write_text(checked if can_map else "")  # "": the next run reads through TensorFlow again
         except OSError as error:
             print(f"(this comes every time, because {note} cannot be written: {error.strerror})", file=sys.stderr)
     params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
@@ -204,7 +204,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         for key in keys:
             inner = params["blocks"][int(key[1:])] if key[0] == "h" else inner.setdefault(key, {})
         inner[last] = tensor
-    np.empty(8_000_000, np.float32)  # freed at once; from now on glibc keeps freed blocks: prefill takes 5 to 15 % less
+    np.empty(8_000_000, np.float32)  # freeing 32 MB makes glibc reuse blocks up to that size: prefill takes 5-15 % less
     return params
 
 
@@ -293,14 +293,14 @@ def run(function):
         from fire import Fire, parser
 
         parser.DefaultParseValue = str  # no "1,2" that becomes a tuple
-        # What follows "--" is for fire itself. Its separator is "-", which may be a prompt, so --help takes the place:
-        # it cannot be among these arguments, and reads well in fire's messages
+        # What follows "--" is for fire itself. It splits the arguments at a separator, by default "-". A prompt can be
+        # "-", so the separator becomes something that is never among the arguments at this point: --help
         asks_for_help = {"-h", "--help"} & set(sys.argv[1:])
         Fire(stand_in, ["--", "--help"] if asks_for_help else [*sys.argv[1:], "--", "--separator=--help"])
         [(args, options)] = calls
         for name, value in options.items():
             if value in ("True", "False") and not any(arg.endswith(value) for arg in sys.argv[1:]):
-                raise ValueError(f"--{name} needs a value")  # fire has made the text "True" of the flag alone
+                raise ValueError(f"--{name} needs a value")  # fire turned a flag without a value into "True"
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
         result = function(*args, **options)
         if result is not None:
@@ -308,6 +308,6 @@ def run(function):
         sys.stdout.flush()
         gc.freeze()  # Python need not look for garbage when it ends: 40 ms
     except (ImportError, MemoryError, OSError, ValueError) as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest; 141: as if by SIGPIPE
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest (141 is SIGPIPE)
         hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
         sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {' '.join(str(error).split())}{hint}")
