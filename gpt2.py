@@ -66,7 +66,7 @@ def causal_mask(query_positions, key_positions):
 
 
 def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
-    """Multi-head attention: n_head attentions side by side, on d_head numbers each. start: the position x begins at."""
+    """Multi-head attention, each head on d_head numbers. c_attn makes q, k, v of x, which begins at position start."""
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
     positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq]; with a start per row [n_batch, n_seq]
@@ -90,8 +90,8 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, start=0):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
-    wte, wpe: n_embd numbers for each word token, each position (embeddings). blocks[3]: the weights of layer 3. ln_f:
-    the final layer_norm. With a cache, start has the position of each row's first id, and only the last ids get logits.
+    wte, wpe: n_embd numbers for each word token, for each position (embeddings). blocks[3]: the weights of layer 3.
+    With a cache, start has the position of each row's first id, and only each row's last id gets logits.
     """
     inputs = np.asarray(inputs)
     positions = np.expand_dims(start, -1) + np.arange(inputs.shape[-1])  # [n_seq], with a cache [n_batch, n_seq]
@@ -113,14 +113,14 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     top_p the fewest that together reach probability p (Holtzman et al., 2020). Ties with the last one stay too.
     """
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
-    logits = np.asarray(logits, np.float64, order="C")  # rows that lie together, so that they can be views below
+    logits = np.asarray(logits, np.float64, order="C")  # in C order, so that reshape below gives views
     logits = (logits - logits.max(-1, keepdims=True)) / temperature
     if top_k and top_k < logits.shape[-1]:
         logits = np.where(logits < np.partition(logits, -top_k)[..., -top_k, None], -np.inf, logits)  # < k-th highest
     probs = softmax(logits)
     if top_p and top_p < 1:
         for row in probs.reshape(-1, probs.shape[-1]):  # [n_vocab], views: what is set here is set in probs
-            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # the others are less than 1 - top_p in all
+            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # sort what matters: the rest is < 1 - top_p
             sum_before = falling.cumsum() - falling  # of the more probable tokens
             row[row < falling[sum_before < top_p][-1]] = 0  # [-1]: the last token that is needed to reach p
         probs /= probs.sum(-1, keepdims=True)
@@ -138,8 +138,8 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     lengths, n_new = [len(prompt) for prompt in prompts], n_tokens_to_generate
     for number, prompt in enumerate(prompts, first_row + 1):
         if not 1 <= len(prompt) <= n_ctx - n_new or min(prompt) < 0 or max(prompt) >= n_vocab:
-            limit = f"1 to {n_ctx} (the context length) less the {n_new} to be generated, with ids below {n_vocab}"
-            raise ValueError(f"prompt {number} has {len(prompt)} tokens; it can have {limit}")
+            limit = f"at most {n_ctx} together, the context length (a prompt has 1 or more, with ids below {n_vocab})"
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens and {n_new} are to be generated: {limit}")
     greedy = temperature == 0 or [temperature, top_k, top_p, seed] == [None] * 4
     seeds = [None if seed is None else [seed, first_row + b] for b in range(n_batch)]
     streams = [] if greedy else [np.random.default_rng(row_seed) for row_seed in seeds]
@@ -149,7 +149,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     # Prefill: run the prompts through the model, about 256 tokens at a time to bound the memory. Short prompts are
     # padded on the right: a pad comes after all real tokens of its row, so none of them sees it; when the row has grown
     # to a pad's position, its token takes the place in the cache. The logits come from the last position, which must be
-    # a real token in every row. So the last call takes each row's own n_last tokens: as many as all rows have, at most
+    # a real token in every row. The last call takes each row's own n_last tokens: the length of the shortest, at most
     # a piece. Prompts of 2 and 9: first positions 0-6 of both (5 pads), then 0-1 (once more) of one, 7-8 of the other.
     piece = max(1, 256 // n_batch)
     n_last = min(piece, *lengths)
@@ -233,7 +233,7 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
         prompt: one more, which may begin with a dash: --prompt="--like this"
         prompts_file: a file with one prompt a line, or - for standard input; writes {"prompt": ..., "text": ...} lines
         n_tokens_to_generate: how many tokens to generate at most; one is about four letters
-        model_size: 124M, 355M, 774M or 1558M (downloaded once), 2M (comes along), or any folder in models_dir
+        model_size: 124M, 355M, 774M or 1558M (downloaded once), 2M (included), or any folder in models_dir
         models_dir: the folder with the models; without it, the folder "models" beside gpt2.py
         temperature: below 1 favours probable tokens, above 1 improbable ones; 0: greedy; without it, 1
         top_k: draw from the k most probable tokens; without it (or 0), from all
@@ -250,9 +250,9 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
     if prompts and prompts_file is not None:
         raise ValueError("give prompts or --prompts_file, not both")
     if prompts_file is not None:
-        prompts = read_prompts(prompts_file)
+        prompts = read_prompts(open(0 if prompts_file == "-" else prompts_file, "rb"))  # noqa: SIM115
     elif not prompts and not sys.stdin.isatty():
-        prompts = [*read_prompts("-", whole=True)]
+        prompts = [*read_prompts(sys.stdin.buffer, whole=True)]
     model = load_encoder_hparams_and_params(model_size, models_dir)
     if prompts_file is not None or len(prompts) > 1:
         for given, text in complete(prompts, model, batch_size, **options):

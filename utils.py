@@ -257,15 +257,14 @@ def check_options(**options):
     return options
 
 
-def read_prompts(path, whole=False):
-    """Yield the lines of a file ("-": standard input) without their ends, or the whole of it as one prompt."""
-    with open(0 if path == "-" else path, "rb") as f:
-        for number, data in enumerate([f.read()] if whole else f, 1):
-            try:
-                text = data.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"prompt {number} is not UTF-8 text: {error}") from None
-            yield text.removesuffix("\n").removesuffix("\r")
+def read_prompts(file, whole=False):
+    """Yield the lines of an open binary file without their ends, or the whole of it as one prompt."""
+    for number, data in enumerate([file.read()] if whole else file, 1):
+        try:
+            text = data.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompt {number} is not UTF-8 text: {error}") from None
+        yield text.removesuffix("\n").removesuffix("\r")
 
 
 def ask(answer):
@@ -293,8 +292,8 @@ def run(function):
         from fire import Fire, parser
 
         parser.DefaultParseValue = str  # no "1,2" that becomes a tuple
-        # What follows "--" is for fire itself. It splits the arguments at a separator, by default "-". A prompt can be
-        # "-", so the separator becomes something that is never among the arguments at this point: --help
+        # What follows "--" is for fire itself. It would split the arguments at a lone "-", which may be a prompt. So
+        # its separator becomes something that is never among the arguments at this point: --help
         asks_for_help = {"-h", "--help"} & set(sys.argv[1:])
         Fire(stand_in, ["--", "--help"] if asks_for_help else [*sys.argv[1:], "--", "--separator=--help"])
         [(args, options)] = calls
@@ -308,6 +307,6 @@ def run(function):
         sys.stdout.flush()
         gc.freeze()  # Python need not look for garbage when it ends: 40 ms
     except (ImportError, MemoryError, OSError, ValueError) as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest (141 is SIGPIPE)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest (141: by SIGPIPE)
         hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
         sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {' '.join(str(error).split())}{hint}")
