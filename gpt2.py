@@ -90,8 +90,8 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, start=0):
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
-    wte, wpe: n_embd numbers for each word token, for each position (embeddings). blocks[3]: the weights of layer 3.
-    With a cache, start has the position of each row's first id, and only each row's last id gets logits.
+    wte, wpe: word token and position embeddings, n_embd numbers each. blocks[3]["mlp"]["c_fc"]: weights of layer 3.
+    With a cache, start has the position of each row's first id, and only its last id gets logits: [n_batch, n_vocab].
     """
     inputs = np.asarray(inputs)
     positions = np.expand_dims(start, -1) + np.arange(inputs.shape[-1])  # [n_seq], with a cache [n_batch, n_seq]
