@@ -151,9 +151,9 @@ def tensor_shapes(hparams):
 
 def read_through_tensorflow(tf_ckpt_path, hparams):
     """Yield (name, tensor) for each tensor, verified by its checksum."""
-    stderr = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # TensorFlow writes to standard error from C++
-    try:
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(os.dup2, os.dup(2), 2)  # standard error as it is now
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # TensorFlow writes to standard error from C++
         try:
             import tensorflow as tf
         except ImportError as error:
@@ -168,8 +168,6 @@ def read_through_tensorflow(tf_ckpt_path, hparams):
                 if found.get(name) not in ([*shape], [1, *shape]):  # the file may have an extra axis
                     raise ValueError(f"{name} has the shape {found.get(name)}, by hparams.json it is {[*shape]}")
                 yield name, reader.get_tensor(name).astype(np.float32, copy=False).reshape(shape)
-    finally:
-        os.dup2(stderr, 2)
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
