@@ -220,9 +220,8 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
         there = ", ".join(sorted(path.parent.name for path in models_dir.glob("*/checkpoint")))
         known = f"there are {there or 'none'}; {', '.join(RELEASED)} can be fetched"
         raise ValueError(f"no model {model_size!r} in {models_dir}: {known}")
-    with reading(model_dir / "checkpoint"):
-        text = (model_dir / "checkpoint").read_text("utf-8")
-        prefix = Path(re.search(r'^model_checkpoint_path: "(.+)"', text, re.MULTILINE)[1]).name
+    with reading(model_dir / "checkpoint"):  # its first line: model_checkpoint_path: "model.ckpt"
+        prefix = Path((model_dir / "checkpoint").read_text("utf-8").split('"')[1]).name
     hparams = load_hparams(model_dir)
     params = load_gpt2_params_from_tf_ckpt(str(model_dir / prefix), hparams)
     with reading(model_dir / "encoder.json, vocab.bpe or hparams.json"):
