@@ -217,9 +217,8 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
     if model_size in RELEASED:
         download_gpt2_files(model_size, model_dir)
     elif not (model_dir / "checkpoint").exists():
-        there = ", ".join(sorted(path.parent.name for path in models_dir.glob("*/checkpoint")))
-        known = f"there are {there or 'none'}; {', '.join(RELEASED)} can be fetched"
-        raise ValueError(f"no model {model_size!r} in {models_dir}: {known}")
+        there = ", ".join(sorted(path.parent.name for path in models_dir.glob("*/checkpoint"))) or "none"
+        raise ValueError(f"no model {model_size!r} in {models_dir}; there: {there}; to fetch: {', '.join(RELEASED)}")
     with reading(model_dir / "checkpoint"):  # its first line: model_checkpoint_path: "model.ckpt"
         prefix = Path((model_dir / "checkpoint").read_text("utf-8").split('"')[1]).name
     hparams = load_hparams(model_dir)
