@@ -53,9 +53,8 @@ def download_gpt2_files(model_size, model_dir):
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX)  # wait for another run that fetches; the lock of a killed run is lifted
-        for path in paths:
-            if not is_whole(path):
-                download(f"{url}/{path.name}", path)
+        for path in itertools.filterfalse(is_whole, paths):
+            download(f"{url}/{path.name}", path)
 
 
 def download(url, path):
