@@ -205,13 +205,10 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
 
 
 def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
-    """The model in models_dir (by default the folder models beside this file); a released one is downloaded first.
-
-    Raises ValueError, OSError or ImportError.
-    """
+    """The model in models_dir; a released one is downloaded first. Raises ValueError, OSError or ImportError."""
     from encoder import get_encoder
 
-    models_dir = Path(models_dir or Path(__file__).resolve().parent / "models")
+    models_dir = Path(models_dir or Path(__file__).resolve().parent / "models")  # beside this file
     model_dir = models_dir / model_size
     if model_size in RELEASED:
         download_gpt2_files(model_size, model_dir)
