@@ -177,24 +177,23 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     read through TensorFlow every time. Raises ValueError or OSError.
     """
     data, note = Path(tf_ckpt_path + DATA), Path(tf_ckpt_path + ".checked.json")
-    shapes, tensors = tensor_shapes(hparams), {}  # the tensors as far as they can be mapped
+    shapes, mapped, others = tensor_shapes(hparams), {}, {}
     stats = [os.stat(path) for path in (data, tf_ckpt_path + ".index")]
     checked = json.dumps([[(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats], [*shapes.items()]])
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
     if stats[0].st_size == 4 * ends[-1]:
         floats = np.split(np.memmap(data, "<f4", "r").view(np.ndarray), ends[:-1])
-        tensors = {name: part.reshape(shapes[name]) for name, part in zip(shapes, floats)}
-    if not tensors or not note.exists() or note.read_bytes() != checked.encode():
+        mapped = {name: part.reshape(shapes[name]) for name, part in zip(shapes, floats)}
+    if not mapped or not note.exists() or note.read_bytes() != checked.encode():
         print(f"checking {data.parent.name} …", file=sys.stderr, flush=True)
         found = read_through_tensorflow(tf_ckpt_path, hparams)
-        others = {name: tensor for name, tensor in found if not np.array_equal(tensor, tensors.get(name))}
-        tensors |= others
+        others = {name: tensor for name, tensor in found if not np.array_equal(tensor, mapped.get(name))}
         try:
             note.write_text("" if others else checked)  # "": the next run reads through TensorFlow again
         except OSError as error:
             print(f"(this comes every time, because {note} cannot be written: {error.strerror})", file=sys.stderr)
     params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
-    for name, tensor in tensors.items():
+    for name, tensor in (mapped | others).items():
         _, *keys, last = name.split("/")  # model/h3/attn/c_attn/w
         inner = params
         for key in keys:
