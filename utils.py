@@ -227,15 +227,14 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
 
 # ---- Run ------------------------------------------------------------------------------------------------------------
 
-OPTIONS = {  # name: (type, lowest, highest)
-    "n_tokens_to_generate": (int, 1, math.inf), "batch_size": (int, 1, math.inf), "temperature": (float, 0, 10**9),
-    "top_k": (int, 0, math.inf), "top_p": (float, 1e-9, 1), "seed": (int, 0, math.inf),
-}  # fmt: skip
-
 
 def check_options(**options):
     """Convert options to numbers; None stays None. Raises ValueError if one is out of range."""
-    for name, (kind, low, high) in OPTIONS.items():
+    ranges = {  # name: (type, lowest, highest)
+        "n_tokens_to_generate": (int, 1, math.inf), "batch_size": (int, 1, math.inf), "seed": (int, 0, math.inf),
+        "temperature": (float, 0, 10**9), "top_k": (int, 0, math.inf), "top_p": (float, 1e-9, 1),
+    }  # fmt: skip
+    for name, (kind, low, high) in ranges.items():
         value, number = options.get(name), math.nan  # nan is in no range
         if value is not None:
             with contextlib.suppress(ValueError):
