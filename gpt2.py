@@ -113,7 +113,7 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     top_p the fewest that together reach probability p (Holtzman et al., 2020). Ties with the last one stay too.
     """
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
-    logits = np.asarray(logits, np.float64, order="C")  # in C order, so that reshape below gives views
+    logits = np.asarray(logits, np.float64, order="C")  # so that reshape below gives views
     logits = (logits - logits.max(-1, keepdims=True)) / temperature
     if top_k and top_k < logits.shape[-1]:
         logits = np.where(logits < np.partition(logits, -top_k)[..., -top_k, None], -np.inf, logits)  # < k-th highest

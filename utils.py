@@ -149,9 +149,9 @@ def tensor_shapes(hparams):
 
 
 def read_through_tensorflow(tf_ckpt_path, hparams):
-    """Yield (name, tensor) for each tensor, verified by its checksum."""
+    """Yield (name, tensor) for each tensor, verified by its checksum. Raises ValueError or ImportError."""
     with contextlib.ExitStack() as at_end:
-        at_end.callback(os.dup2, os.dup(2), 2)  # standard error as it is now
+        at_end.callback(os.dup2, os.dup(2), 2)  # puts standard error back
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # TensorFlow writes to standard error from C++
         try:
             import tensorflow as tf
