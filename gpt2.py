@@ -1,4 +1,4 @@
-"""GPT-2 in plain NumPy: the model, generation, the command line. Read it from top to bottom.
+"""GPT-2 in plain NumPy: the model, generation, the command line.
 
 The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), after OpenAI's code,
 https://github.com/openai/gpt-2. A token is a piece of text, about four letters; its id is its number in the vocabulary.
@@ -70,8 +70,8 @@ def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
     positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq]; with a start per row [n_batch, n_seq]
-    # The KV cache, for generation. A position's keys and values depend only on the tokens up to it, so they stay the
-    # same while the text grows. They are kept, so a new token costs one query, not one for every token of the text.
+    # The KV cache, for generation. A position's keys and values depend only on the tokens up to it, so they never
+    # change. They are kept, and a new token costs one query instead of one for every token of the text.
     if cache is not None:  # this layer's: [2 (keys, values), n_batch, n_head, n_positions, d_head]
         for b, at in enumerate(positions):  # each row of the batch is at positions of its own
             cache[:, b, :, at[0] : at[-1] + 1] = k[b], v[b]  # 2 times [n_head, n_seq, d_head]
@@ -119,7 +119,7 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
         logits = np.where(logits < np.partition(logits, -top_k)[..., -top_k, None], -np.inf, logits)  # < k-th highest
     probs = softmax(logits)
     if top_p and top_p < 1:
-        for row in probs.reshape(-1, probs.shape[-1]):  # [n_vocab], views: what is set here is set in probs
+        for row in probs.reshape(-1, probs.shape[-1]):  # [n_vocab]; what is set in row is set in probs
             falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # sort what matters: the rest is < 1 - top_p
             sum_before = falling.cumsum() - falling  # of the more probable tokens
             row[row < falling[sum_before < top_p][-1]] = 0  # [-1]: the last token that is needed to reach p
@@ -147,10 +147,9 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     model = {**params, "n_head": n_head, "cache": np.zeros(cache_shape, np.float32)}
 
     # Prefill: run the prompts through the model, about 256 tokens at a time to bound the memory. Short prompts are
-    # padded on the right: a pad comes after all real tokens of its row, so none of them sees it; when the row has grown
-    # to a pad's position, its token takes the place in the cache. The logits come from the last position, which must be
-    # a real token in every row. The last call takes each row's own n_last tokens: the length of the shortest, at most
-    # a piece. Prompts of 2 and 9: first positions 0-6 of both (5 pads), then 0-1 (once more) of one, 7-8 of the other.
+    # padded on the right: pads come after all real tokens of their row, so none of these sees them, and later tokens
+    # take their places in the cache. The last call gives the logits, so it takes the last n_last tokens of each row,
+    # all of them real. Prompts of 2 and 9: positions 0-6 of both (5 pads), then 0-1 (again) of one, 7-8 of the other.
     piece = max(1, 256 // n_batch)
     n_last = min(piece, *lengths)
     n_before = max(lengths) - n_last
@@ -173,7 +172,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
         if ended.all():  # until then ended rows are still computed; ignore their further ids
             return
         start = [first + inputs.shape[1] for first in start]  # after prompts of 2 and 9 tokens: [2, 9], then [3, 10]
-        inputs = ids[:, None]  # decode: from now on one query for each row, [n_batch, 1], which sees all of its row
+        inputs = ids[:, None]  # decode: one query for each row, [n_batch, 1], which sees all of its row
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, **options):
@@ -187,26 +186,17 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
-def complete(prompts, model, batch_size, **options):
-    """Yield each prompt with its text, batch by batch. A prompt is read when its batch is due."""
+def complete(prompts, model, batch_size=1, first_row=0, **options):
+    """Yield each prompt with the pieces of its text, batch by batch. A prompt is read when its batch is due."""
     encoder, hparams, params = model
-    prompts, first_row, end = iter(prompts), 0, encoder.encoder["<|endoftext|>"]
+    prompts, end = iter(prompts), encoder.encoder["<|endoftext|>"]
     while batch := list(itertools.islice(prompts, batch_size)):
         ids = [encoder.encode(prompt) or [end] for prompt in batch]  # "" becomes the token that stands between texts
         steps = generate_steps(ids, params, hparams["n_head"], first_row=first_row, stop_id=end, **options)
-        for prompt, row in zip(batch, zip(*steps)):
-            yield prompt, encoder.decode(itertools.takewhile(lambda id: id != end, row))
+        rows = zip(*steps) if len(batch) > 1 else [(id for [id] in steps)]  # one alone comes while it is generated
+        for prompt, row in zip(batch, rows):
+            yield prompt, encoder.decode_steps(itertools.takewhile(lambda id: id != end, row))
         first_row += len(batch)
-
-
-def show(prompt, model, **options):
-    """Print the text that follows a prompt while it is generated."""
-    encoder, hparams, params = model
-    end = encoder.encoder["<|endoftext|>"]
-    steps = generate_steps([encoder.encode(prompt) or [end]], params, hparams["n_head"], stop_id=end, **options)
-    for text in encoder.decode_steps(id for [id] in steps if id != end):
-        print(text, end="", flush=True)
-    print(flush=True)
 
 
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None, batch_size=32, **sampling):
@@ -215,7 +205,8 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None, ba
 
     options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size, **sampling)
     model = load_encoder_hparams_and_params(model_size, models_dir)
-    texts = [text for _, text in complete([prompt] if isinstance(prompt, str) else prompt, model, **options)]
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    texts = ["".join(pieces) for _, pieces in complete(prompts, model, **options)]
     return texts[0] if isinstance(prompt, str) else texts
 
 
@@ -243,25 +234,32 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
     """
     from utils import ask, check_options, load_encoder_hparams_and_params, read_prompts
 
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size, **sampling)
-    batch_size = options.pop("batch_size")
+    options = check_options(n_tokens_to_generate=n_tokens_to_generate, temperature=temperature, top_k=top_k,
+                            top_p=top_p, seed=seed, batch_size=batch_size)  # fmt: skip
     prompts = prompts if prompt is None else (*prompts, prompt)
     if prompts and prompts_file is not None:
         raise ValueError("give prompts or --prompts_file, not both")
     if prompts_file is not None:
         prompts = read_prompts(open(0 if prompts_file == "-" else prompts_file, "rb"))  # noqa: SIM115
     elif not prompts and not sys.stdin.isatty():
-        prompts = [*read_prompts(sys.stdin.buffer, whole=True)]
+        prompts = [*read_prompts([sys.stdin.buffer.read()])]
     model = load_encoder_hparams_and_params(model_size, models_dir)
-    if prompts_file is not None or len(prompts) > 1:
-        for given, text in complete(prompts, model, batch_size, **options):
-            line = json.dumps({"prompt": given, "text": text}, ensure_ascii=sys.stdout.encoding.lower() != "utf-8")
-            print(line if prompts_file else f"> {given}\n{text}", flush=True)
-    elif prompts:
-        show(prompts[0], model, **options)
+
+    def show(prompts, first_row=0):
+        for given, pieces in complete(prompts, model, first_row=first_row, **options):
+            if prompts_file is not None:
+                line = {"prompt": given, "text": "".join(pieces)}
+                pieces = [json.dumps(line, ensure_ascii=sys.stdout.encoding.lower() != "utf-8")]
+            elif len(prompts) > 1:
+                print(f"> {given}")
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print(flush=True)
+
+    if prompts or prompts_file is not None:
+        show(prompts)
     else:
-        ask(lambda number, line: show(line, model, first_row=number, **options))  # a random stream for each line
+        ask(show)  # each line typed gets a random stream of its own
 
 
 if __name__ == "__main__":

@@ -246,9 +246,9 @@ def check_options(**options):
     return options
 
 
-def read_prompts(file, whole=False):
-    """Yield the lines of an open binary file without their ends, or the whole of it as one prompt."""
-    for number, data in enumerate([file.read()] if whole else file, 1):
+def read_prompts(lines):
+    """Yield each of the lines, which are bytes, as text without its end. Raises ValueError for one not in UTF-8."""
+    for number, data in enumerate(lines, 1):
         try:
             text = data.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -257,14 +257,14 @@ def read_prompts(file, whole=False):
 
 
 def ask(answer):
-    """Call answer(number, line) for each line typed, until Ctrl-D. Ctrl-C stops an answer or drops what is typed."""
+    """Call answer([line], number) for each line typed, until Ctrl-D. Ctrl-C stops an answer or drops what is typed."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives input() line editing and a history)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("Type the beginning of a text. Ctrl-C stops what follows, Ctrl-D ends.", file=sys.stderr)
     for number in itertools.count():
         try:
-            answer(number, input("> " if sys.stdout.isatty() else ""))  # only text goes to a file
+            answer([input("> " if sys.stdout.isatty() else "")], number)  # only text goes to a file
         except EOFError:
             return print(file=sys.stderr)
         except (KeyboardInterrupt, ValueError) as error:
