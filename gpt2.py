@@ -178,8 +178,9 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
 def generate(inputs, params, n_head, n_tokens_to_generate, **options):
     """The ids that follow a prompt's ids: a list; for a list of prompts a list of lists. See generate_steps."""
     is_batch = any(np.ndim(prompt) for prompt in inputs)
-    steps = generate_steps(inputs if is_batch else [inputs], params, n_head, n_tokens_to_generate, **options)
-    rows = np.stack(list(steps), axis=1).tolist()  # [n_batch, n_steps]
+    prompts = inputs if is_batch else [inputs]
+    steps = list(generate_steps(prompts, params, n_head, n_tokens_to_generate, **options))
+    rows = np.reshape(steps, (-1, len(prompts))).T.tolist()  # [n_batch, n_steps]
     return rows if is_batch else rows[0]
 
 

@@ -294,7 +294,7 @@ def test_what_generate_takes(module, model):
         inputs = kind(ids)
         new = module.generate(inputs, params, hparams["n_head"], 6)
         assert new == expected and {type(id) for id in new} == {int}
-        assert list(inputs) == ids
+        assert list(inputs) == ids and module.generate(inputs, params, hparams["n_head"], 0) == []
         assert module.generate([inputs], params, hparams["n_head"], 6) == [expected]
         assert module.generate([inputs, kind([5, 6])], params, hparams["n_head"], 6)[0] == expected
 
