@@ -28,7 +28,7 @@ def bytes_to_unicode():
     """The character that stands for each of the 256 bytes: {byte: character}.
 
     vocab.bpe is a text file, each line a merge: two pieces with a space between. So a piece has no space or line end.
-    A printable byte stands for itself; the other 68 get the characters from 256 on: "Ġ" (288) is the space.
+    A printable byte (in Latin-1) stands for itself; the other 68 get characters from 256 on: "Ġ" (288) is the space.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -65,8 +65,8 @@ class Encoder:
         for that pair after every join takes n * n steps; a heap, which always has the next pair on top, n log n.
         """
         pieces = [*token, ""]  # the empty piece marks the end; no merge has an empty part
-        after = [*range(1, len(pieces)), 0]  # the right neighbour of pieces[i] is pieces[after[i]]
-        before = [*range(-1, len(token))]  # and the left one pieces[before[i]]; the first has -1: the end piece
+        after = [*range(1, len(pieces)), 0]  # in a ring: the right neighbour of pieces[i] is pieces[after[i]]
+        before = [*range(-1, len(token))]  # and the left one pieces[before[i]]; -1 is the end piece
         ranks = enumerate(map(self.rank, pieces, pieces[1:]))
         heap = [(rank, i) for i, rank in ranks if rank is not None]
         heapq.heapify(heap)

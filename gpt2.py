@@ -4,7 +4,7 @@ The model is that of "Language Models are Unsupervised Multitask Learners" (Radf
 https://github.com/openai/gpt-2. A token is a piece of text, about four letters; its id is its number in the vocabulary.
 Given ids, the model returns logits: at each position one score for every token that could come next.
 
-Shapes stand at the end of a line; "..." is nothing or a batch axis. 124M, OpenAI's smallest, has n_vocab = 50257
+Shapes stand at the end of a line; "..." is nothing or a batch axis. OpenAI's 124M (million weights) has n_vocab = 50257
 tokens, n_ctx = 1024 positions (the context length), n_embd = 768 numbers a token, n_head = 12, d_head = 768 / 12 = 64.
 """
 
@@ -44,7 +44,7 @@ def linear(x, w, b):
 
 
 def ffn(x, c_fc, c_proj):
-    """The feed-forward network, at each position by itself. c_fc: fully connected layer; c_proj: projection back."""
+    """The feed-forward network (mlp), for each position alone. c_fc: fully connected layer; c_proj: projection back."""
     return linear(gelu(linear(x, **c_fc)), **c_proj)  # {"w", "b"} each; [..., n_embd] -> 4*n_embd -> n_embd
 
 
@@ -66,7 +66,7 @@ def causal_mask(query_positions, key_positions):
 
 
 def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
-    """Multi-head attention, each head on d_head numbers. c_attn makes q, k, v of x, which begins at position start."""
+    """Attention by several heads, side by side, each with q, k and v of its own. x begins at position start."""
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
     positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq]; with a start per row [n_batch, n_seq]
@@ -91,7 +91,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
     wte, wpe: word token and position embeddings, n_embd numbers each. blocks[3]["mlp"]["c_fc"]: weights of layer 3.
-    With a cache, start has the position of each row's first id, and only its last id gets logits: [n_batch, n_vocab].
+    With a cache, start is the position of each row's first id, and only its last id gets logits: [n_batch, n_vocab].
     """
     inputs = np.asarray(inputs)
     positions = np.expand_dims(start, -1) + np.arange(inputs.shape[-1])  # [n_seq], with a cache [n_batch, n_seq]
@@ -109,7 +109,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
 def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     """The probabilities to draw the next token from, in float64: [..., n_vocab] -> [..., n_vocab].
 
-    A temperature below 1 favours probable tokens, above 1 improbable ones. top_k then keeps the k most probable tokens,
+    A temperature below 1 favours probable tokens more, above 1 less. Then top_k keeps the k most probable tokens, and
     top_p the fewest that together reach probability p (Holtzman et al., 2020). Ties with the last one stay too.
     """
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
@@ -120,7 +120,7 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     probs = softmax(logits)
     if top_p and top_p < 1:
         for row in probs.reshape(-1, probs.shape[-1]):  # [n_vocab]; what is set in row is set in probs
-            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # sort what matters: the rest is < 1 - top_p
+            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # the rest sums to < 1 - top_p
             sum_before = falling.cumsum() - falling  # of the more probable tokens
             row[row < falling[sum_before < top_p][-1]] = 0  # [-1]: the last token that is needed to reach p
         probs /= probs.sum(-1, keepdims=True)
@@ -148,8 +148,8 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
 
     # Prefill: run the prompts through the model, about 256 tokens at a time to bound the memory. Short prompts are
     # padded on the right: pads come after all real tokens of their row, so none of these sees them, and later tokens
-    # take their places in the cache. The last call gives the logits, so it takes the last n_last tokens of each row,
-    # all of them real. Prompts of 2 and 9: positions 0-6 of both (5 pads), then 0-1 (again) of one, 7-8 of the other.
+    # take their places in the cache. The last call (in the loop below) gives the logits, so it takes the last n_last
+    # tokens of each row. Prompts of 2 and 9: positions 0-6 of both (5 pads), then 0-1 (again) of one, 7-8 of the other.
     piece = max(1, 256 // n_batch)
     n_last = min(piece, *lengths)
     n_before = max(lengths) - n_last
@@ -172,7 +172,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
         if ended.all():  # until then ended rows are still computed; ignore their further ids
             return
         start = [first + inputs.shape[1] for first in start]  # after prompts of 2 and 9 tokens: [2, 9], then [3, 10]
-        inputs = ids[:, None]  # decode: one query for each row, [n_batch, 1], which sees all of its row
+        inputs = ids[:, None]  # from now on one query for each row: [n_batch, 1]
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, **options):
@@ -187,21 +187,21 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
-def complete(prompts, model, batch_size=1, first_row=0, **options):
+def complete(prompts, model, batch_size, first_row=0, **options):
     """Yield each prompt with the pieces of its text, batch by batch. A prompt is read when its batch is due."""
     encoder, hparams, params = model
     prompts, end = iter(prompts), encoder.encoder["<|endoftext|>"]
     while batch := list(itertools.islice(prompts, batch_size)):
         ids = [encoder.encode(prompt) or [end] for prompt in batch]  # "" becomes the token that stands between texts
         steps = generate_steps(ids, params, hparams["n_head"], first_row=first_row, stop_id=end, **options)
-        rows = zip(*steps) if len(batch) > 1 else [(id for [id] in steps)]  # one alone comes while it is generated
+        rows = zip(*steps) if len(batch) > 1 else [(id for [id] in steps)]  # one prompt: while it is generated
         for prompt, row in zip(batch, rows):
             yield prompt, encoder.decode_steps(itertools.takewhile(lambda id: id != end, row))
         first_row += len(batch)
 
 
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None, batch_size=32, **sampling):
-    """The text that follows a prompt; a list of texts for a list of prompts. Raises ValueError or OSError."""
+    """The text that follows a prompt; for a list of prompts a list. Raises ValueError, OSError or ImportError."""
     from utils import check_options, load_encoder_hparams_and_params
 
     options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size, **sampling)
@@ -227,7 +227,7 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
         n_tokens_to_generate: how many tokens to generate at most; one is about four letters
         model_size: 124M, 355M, 774M or 1558M (downloaded once), 2M (included), or any folder in models_dir
         models_dir: the folder with the models; without it, the folder "models" beside gpt2.py
-        temperature: below 1 favours probable tokens, above 1 improbable ones; 0: greedy; without it, 1
+        temperature: below 1 favours probable tokens more, above 1 less; 0: greedy; without it, 1
         top_k: draw from the k most probable tokens; without it (or 0), from all
         top_p: draw from the fewest tokens that together have this probability; without it (or 1), from all
         seed: a whole number; the same one gives the same text again; without it, another text each time
