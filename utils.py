@@ -33,11 +33,11 @@ SHA256 = {  # the same for all sizes; fetched first, so a server that sends some
 
 
 def is_whole(path):
-    """Is this file there? The data file must also have all the bytes that hparams.json calls for."""
-    if path.name == FILES[-1] and path.exists():
-        shapes = tensor_shapes(load_hparams(path.parent))
-        return path.stat().st_size >= sum(4 * math.prod(shape) for shape in shapes.values())
-    return path.exists()
+    """Is this file there? The data file, or its part, must also have all the bytes that hparams.json calls for."""
+    if not path.name.startswith(FILES[-1]):
+        return path.exists()
+    shapes = tensor_shapes(load_hparams(path.parent))
+    return path.exists() and path.stat().st_size >= sum(4 * math.prod(shape) for shape in shapes.values())
 
 
 def download_gpt2_files(model_size, model_dir):
@@ -79,9 +79,10 @@ def download(url, path):
                 raise OSError(f"cannot fetch {url}: {reason}; {hint}") from None
             print(f"{url}: {reason}; trying again ({tries + 1} of 5)", file=sys.stderr, flush=True)
             time.sleep(2**tries / 8)  # seconds
-    if path.name in SHA256 and hashlib.sha256(part.read_bytes()).hexdigest() != SHA256[path.name]:
+    has_sha256 = path.name not in SHA256 or hashlib.sha256(part.read_bytes()).hexdigest() == SHA256[path.name]
+    if not has_sha256 or not is_whole(part):
         part.unlink()
-        raise OSError(f"{url} is some other file (its SHA-256 is not that of OpenAI's)")
+        raise OSError(f"{url} is some other file (it is too short, or its SHA-256 is not that of OpenAI's)")
     part.replace(path)
 
 
@@ -231,11 +232,11 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
 def check_options(**options):
     """Convert options to numbers; None stays None. Raises ValueError if one is out of range."""
     ranges = {  # name: (type, lowest, highest)
-        "n_tokens_to_generate": (int, 1, math.inf), "batch_size": (int, 1, math.inf), "seed": (int, 0, math.inf),
-        "temperature": (float, 0, 10**9), "top_k": (int, 0, math.inf), "top_p": (float, 1e-9, 1),
+        "n_tokens_to_generate": (int, 1, 10**9), "batch_size": (int, 1, 10**9), "seed": (int, 0, 10**20),
+        "temperature": (float, 0, 10**9), "top_k": (int, 0, 10**9), "top_p": (float, 1e-9, 1),
     }  # fmt: skip
-    for name, (kind, low, high) in ranges.items():
-        value, number = options.get(name), math.nan  # nan is in no range
+    for name, value in options.items():
+        (kind, low, high), number = ranges[name], math.nan  # nan is in no range
         if value is not None:
             with contextlib.suppress(ValueError):
                 number = kind(str(value))  # by way of text, since int(1.5) is 1 but int("1.5") is an error
@@ -281,14 +282,16 @@ def run(function):
         from fire import Fire, parser
 
         parser.DefaultParseValue = str  # no "1,2" that becomes a tuple
-        # What follows "--" is for fire itself. It would split the arguments at a lone "-", which may be a prompt. So
-        # its separator becomes something that is never among the arguments at this point: --help
-        asks_for_help = {"-h", "--help"} & set(sys.argv[1:])
-        Fire(stand_in, ["--", "--help"] if asks_for_help else [*sys.argv[1:], "--", "--separator=--help"])
+        # What follows "--" is for fire itself. Its separator is a lone "-", which may be a prompt; --help cannot be
+        # among the arguments here, so it takes that place.
+        arguments = [*sys.argv[1:], "--", "--separator=--help"]
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            arguments, sys.stderr = ["--", "--help"], sys.stdout  # where a pager can take it
+        Fire(stand_in, arguments)
         [(args, options)] = calls
-        for name, value in options.items():
-            if value in ("True", "False") and not any(arg.endswith(value) for arg in sys.argv[1:]):
-                raise ValueError(f"--{name} needs a value")  # fire turned a flag without a value into "True"
+        for flag, value in itertools.pairwise(arguments):
+            if re.fullmatch("-[a-z]|--[a-z_-]+", flag) and re.match("-[a-z-]", value):
+                raise ValueError(f"{flag} needs a value")  # fire made it "True"
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
         result = function(*args, **options)
         if result is not None:

@@ -250,5 +250,5 @@ def test_bad_options(name):
 
 
 def test_an_unknown_option_is_pythons_own_error():
-    with pytest.raises(TypeError, match="temprature"):
-        gpt2.main("Once", model_size="2M", temprature=1)
+    with pytest.raises(KeyError, match="temprature"):
+        gpt2.main("Once", models_dir="nowhere", temprature=1)
