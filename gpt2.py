@@ -153,7 +153,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     piece = max(1, 256 // n_batch)
     n_last = min(piece, *lengths)
     n_before = max(lengths) - n_last
-    padded = np.array([[*prompt, *[0] * n_before][:n_before] for prompt in prompts])  # [n_batch, n_before]
+    padded = np.array([(list(prompt) + [0] * n_before)[:n_before] for prompt in prompts])  # [n_batch, n_before]
     for first in range(0, n_before, piece):
         gpt2(padded[:, first : first + piece], **model, start=[first] * n_batch)  # only to fill the cache
     inputs = np.array([prompt[-n_last:] for prompt in prompts])  # [n_batch, n_last]

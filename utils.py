@@ -33,7 +33,7 @@ SHA256 = {  # the same for all sizes; fetched first, so a server that sends some
 
 
 def is_whole(path):
-    """Is this file there? The data file, or its part, must also have all the bytes that hparams.json calls for."""
+    """Is this file there? The data file, or its part, must also have the size that follows from hparams.json."""
     if not path.name.startswith(FILES[-1]):
         return path.exists()
     shapes = tensor_shapes(load_hparams(path.parent))
@@ -53,7 +53,7 @@ def download_gpt2_files(model_size, model_dir):
             import fcntl
 
             fcntl.flock(lock, fcntl.LOCK_EX)  # wait for another run that fetches; the lock of a killed run is lifted
-        for path in itertools.filterfalse(is_whole, paths):
+        for path in itertools.filterfalse(is_whole, paths):  # hparams.json comes before the data file
             download(f"{url}/{path.name}", path)
 
 
@@ -185,7 +185,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     if stats[0].st_size == 4 * ends[-1]:
         floats = np.split(np.memmap(data, "<f4", "r").view(np.ndarray), ends[:-1])
         mapped = {name: part.reshape(shapes[name]) for name, part in zip(shapes, floats)}
-    if not mapped or not note.exists() or note.read_bytes() != checked.encode():
+    if not note.exists() or note.read_bytes() != checked.encode():
         print(f"checking {data.parent.name} …", file=sys.stderr, flush=True)
         found = read_through_tensorflow(tf_ckpt_path, hparams)
         others = {name: tensor for name, tensor in found if not np.array_equal(tensor, mapped.get(name))}
