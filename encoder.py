@@ -39,7 +39,7 @@ class Encoder:
     """A tokenizer made from its vocabulary.
 
     encoder is {piece: id}. bpe_merges are the pairs of pieces to join, as ("l", "ow") or as "l ow", in the order in
-    which they were learned. errors says what decode() does with bytes that are not UTF-8, as in bytes.decode().
+    which they were learned: each time the most frequent pair of a training text. errors is that of bytes.decode().
     """
 
     def __init__(self, encoder, bpe_merges, errors="replace"):

@@ -1,6 +1,6 @@
 """GPT-2 in plain NumPy: the model, generation, the command line.
 
-The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), after OpenAI's code,
+The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), OpenAI's code is at
 https://github.com/openai/gpt-2. A token is a piece of text, about four letters; its id is its number in the vocabulary.
 Given ids, the model returns logits: at each position one score for every token that could come next.
 
@@ -15,7 +15,7 @@ import sys
 import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
-# Array functions only: with jax.numpy in the place of np, JAX can compile and differentiate it (without a cache).
+# Array functions only: with jax.numpy in place of np, JAX can compile and differentiate it (without a cache).
 
 
 def gelu(x):
@@ -114,13 +114,13 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     """
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
     logits = np.asarray(logits, np.float64, order="C")  # so that reshape below gives views
-    logits = (logits - logits.max(-1, keepdims=True)) / temperature
+    logits = (logits - logits.max(-1, keepdims=True)) / temperature  # the highest is 0, so nothing overflows
     if top_k and top_k < logits.shape[-1]:
         logits = np.where(logits < np.partition(logits, -top_k)[..., -top_k, None], -np.inf, logits)  # < k-th highest
     probs = softmax(logits)
     if top_p and top_p < 1:
         for row in probs.reshape(-1, probs.shape[-1]):  # [n_vocab]; what is set in row is set in probs
-            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # the rest sums to < 1 - top_p
+            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # sort only these; the rest sums to < 1 - top_p
             sum_before = falling.cumsum() - falling  # of the more probable tokens
             row[row < falling[sum_before < top_p][-1]] = 0  # [-1]: the last token that is needed to reach p
         probs /= probs.sum(-1, keepdims=True)
@@ -147,11 +147,11 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     model = {**params, "n_head": n_head, "cache": np.zeros(cache_shape, np.float32)}
 
     # Prefill: run the prompts through the model, about 256 tokens at a time to bound the memory. Short prompts are
-    # padded on the right: pads come after all real tokens of their row, so none of these sees them, and later tokens
-    # take their places in the cache. The last call (in the loop below) gives the logits, so it takes the last n_last
+    # padded on the right: pads come after a row's real tokens, so none of these sees them, and generated tokens
+    # overwrite them in the cache. The last call (in the loop below) gives the logits, so it takes the last n_last
     # tokens of each row. Prompts of 2 and 9: positions 0-6 of both (5 pads), then 0-1 (again) of one, 7-8 of the other.
     piece = max(1, 256 // n_batch)
-    n_last = min(piece, *lengths)
+    n_last = min(piece, *lengths)  # 1 would do, but more can save a call
     n_before = max(lengths) - n_last
     padded = np.array([(list(prompt) + [0] * n_before)[:n_before] for prompt in prompts])  # [n_batch, n_before]
     for first in range(0, n_before, piece):
@@ -194,7 +194,7 @@ def complete(prompts, model, batch_size, first_row=0, **options):
     while batch := list(itertools.islice(prompts, batch_size)):
         ids = [encoder.encode(prompt) or [end] for prompt in batch]  # "" becomes the token that stands between texts
         steps = generate_steps(ids, params, hparams["n_head"], first_row=first_row, stop_id=end, **options)
-        rows = zip(*steps) if len(batch) > 1 else [(id for [id] in steps)]  # one prompt: while it is generated
+        rows = zip(*steps) if len(batch) > 1 else [(id for [id] in steps)]  # one prompt: id by id
         for prompt, row in zip(batch, rows):
             yield prompt, encoder.decode_steps(itertools.takewhile(lambda id: id != end, row))
         first_row += len(batch)
@@ -238,9 +238,9 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
     options = check_options(n_tokens_to_generate=n_tokens_to_generate, temperature=temperature, top_k=top_k,
                             top_p=top_p, seed=seed, batch_size=batch_size)  # fmt: skip
     prompts = prompts if prompt is None else (*prompts, prompt)
-    if prompts and prompts_file is not None:
-        raise ValueError("give prompts or --prompts_file, not both")
     if prompts_file is not None:
+        if prompts:
+            raise ValueError("give prompts or --prompts_file, not both")
         prompts = read_prompts(open(0 if prompts_file == "-" else prompts_file, "rb"))  # noqa: SIM115
     elif not prompts and not sys.stdin.isatty():
         prompts = [*read_prompts([sys.stdin.buffer.read()])]

@@ -52,10 +52,10 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None):
     [n_new] = utils.check_options(n_tokens_to_generate=n_tokens_to_generate).values()
     encoder, hparams, params = utils.load_encoder_hparams_and_params(model_size, models_dir)
-    end, prompts = "<|endoftext|>", [prompt] if isinstance(prompt, str) else prompt
-    ids = [encoder.encode(text) or [encoder.encoder[end]] for text in prompts]
+    end, prompts = encoder.encoder["<|endoftext|>"], [prompt] if isinstance(prompt, str) else prompt
+    ids = [encoder.encode(text) or [end] for text in prompts]
     if max(map(len, ids)) + n_new > hparams["n_ctx"]: raise ValueError(f"longer than {hparams['n_ctx']} tokens in all")
-    texts = [encoder.decode(new).partition(end)[0] for new in generate(ids, params, hparams["n_head"], n_new)]
+    texts = [encoder.decode(new[: [*new, end].index(end)]) for new in generate(ids, params, hparams["n_head"], n_new)]
     return texts if prompts is prompt else texts[0]
 
 if __name__ == "__main__":

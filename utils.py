@@ -282,8 +282,8 @@ def run(function):
         from fire import Fire, parser
 
         parser.DefaultParseValue = str  # no "1,2" that becomes a tuple
-        # What follows "--" is for fire itself. Its separator is a lone "-", which may be a prompt; --help cannot be
-        # among the arguments here, so it takes that place.
+        # What follows "--" is for fire itself. For fire a lone "-" ends the arguments, but it may be a prompt. So its
+        # place is given to --help, which cannot be among the arguments here.
         arguments = [*sys.argv[1:], "--", "--separator=--help"]
         if {"-h", "--help"} & set(sys.argv[1:]):
             arguments, sys.stderr = ["--", "--help"], sys.stdout  # where a pager can take it
@@ -299,6 +299,6 @@ def run(function):
         sys.stdout.flush()
         gc.freeze()  # Python need not look for garbage when it ends: 40 ms
     except (ImportError, MemoryError, OSError, ValueError) as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discard the rest (141: by SIGPIPE)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop unwritten text; 141 is 128 + SIGPIPE
         hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
         sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {' '.join(str(error).split())}{hint}")
