@@ -141,8 +141,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
             limit = f"at most {n_ctx} together, the context length (a prompt has 1 or more, with ids below {n_vocab})"
             raise ValueError(f"prompt {number} has {len(prompt)} tokens and {n_new} are to be generated: {limit}")
     greedy = temperature == 0 or [temperature, top_k, top_p, seed] == [None] * 4
-    seeds = [None if seed is None else [seed, first_row + b] for b in range(n_batch)]
-    streams = [] if greedy else [np.random.default_rng(row_seed) for row_seed in seeds]
+    streams = [np.random.default_rng(None if seed is None else [seed, first_row + b]) for b in range(n_batch)]
     cache_shape = len(params["blocks"]), 2, n_batch, n_head, max(lengths) + n_new, n_embd // n_head
     model = {**params, "n_head": n_head, "cache": np.zeros(cache_shape, np.float32)}
 
@@ -151,13 +150,13 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     # overwrite them in the cache. The last call (in the loop below) gives the logits, so it takes the last n_last
     # tokens of each row. Prompts of 2 and 9: positions 0-6 of both (5 pads), then 0-1 (again) of one, 7-8 of the other.
     piece = max(1, 256 // n_batch)
-    n_last = min(piece, *lengths)  # 1 would do, but more can save a call
+    n_last = min(piece, *lengths)  # not more than the shortest has; 1 would do, more can save a call
     n_before = max(lengths) - n_last
     padded = np.array([(list(prompt) + [0] * n_before)[:n_before] for prompt in prompts])  # [n_batch, n_before]
     for first in range(0, n_before, piece):
         gpt2(padded[:, first : first + piece], **model, start=[first] * n_batch)  # only to fill the cache
     inputs = np.array([prompt[-n_last:] for prompt in prompts])  # [n_batch, n_last]
-    start = [length - n_last for length in lengths]
+    start = np.array(lengths) - n_last  # [n_batch]
 
     ended = np.zeros(n_batch, bool)
     for _ in range(n_new):
@@ -171,7 +170,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
         ended |= ids == stop_id
         if ended.all():  # until then ended rows are still computed; ignore their further ids
             return
-        start = [first + inputs.shape[1] for first in start]  # after prompts of 2 and 9 tokens: [2, 9], then [3, 10]
+        start = start + inputs.shape[1]  # after prompts of 2 and 9 tokens: [2, 9], then [3, 10]
         inputs = ids[:, None]  # from now on one query for each row: [n_batch, 1]
 
 
