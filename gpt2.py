@@ -141,7 +141,8 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
             limit = f"at most {n_ctx} together, the context length (a prompt has 1 or more, with ids below {n_vocab})"
             raise ValueError(f"prompt {number} has {len(prompt)} tokens and {n_new} are to be generated: {limit}")
     greedy = temperature == 0 or [temperature, top_k, top_p, seed] == [None] * 4
-    streams = [np.random.default_rng(None if seed is None else [seed, first_row + b]) for b in range(n_batch)]
+    seeds = [None if seed is None else [seed, first_row + b] for b in range(n_batch)]
+    streams = [] if greedy else [np.random.default_rng(row_seed) for row_seed in seeds]  # np.random is slow to import
     cache_shape = len(params["blocks"]), 2, n_batch, n_head, max(lengths) + n_new, n_embd // n_head
     model = {**params, "n_head": n_head, "cache": np.zeros(cache_shape, np.float32)}
 
