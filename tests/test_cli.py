@@ -221,7 +221,7 @@ def test_a_bad_value_is_one_line(tmp_path, name, value):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_makes_no_sense_is_one_line(tmp_path, script):
     assert "n_tokens_to_generate" in error_of(run("hi", "-n", "x", env=NOWHERE, script=script))
-    assert "needs a value" in error_of(run("hi", "--models_dir", env=NOWHERE, script=script, cwd=tmp_path))
+    assert "needs a value" in error_of(run("hi", "--models_dir", "-n", 5, env=NOWHERE, script=script, cwd=tmp_path))
     for n, ends_well in (251, True), (252, False):  # 5 + 251 tokens = 256
         result = run("Once upon a time", *SMALL, f"--n_tokens_to_generate={n}", script=script)
         assert result.returncode == (not ends_well) and ("256" in result.stderr) == (not ends_well)
