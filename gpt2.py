@@ -1,6 +1,6 @@
 """GPT-2 in plain NumPy: the model, generation, the command line.
 
-The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019), OpenAI's code is at
+The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019); OpenAI's code is at
 https://github.com/openai/gpt-2. A token is a piece of text, about four letters; its id is its number in the vocabulary.
 Given ids, the model returns logits: at each position one score for every token that could come next.
 
@@ -66,7 +66,7 @@ def causal_mask(query_positions, key_positions):
 
 
 def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
-    """Attention by several heads, side by side, each with q, k and v of its own. x begins at position start."""
+    """Multi-head attention: n_head heads side by side, each with its own q, k and v. x begins at position start."""
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
     positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq]; with a start per row [n_batch, n_seq]
