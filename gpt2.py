@@ -66,7 +66,7 @@ def causal_mask(query_positions, key_positions):
 
 
 def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
-    """Multi-head attention: n_head heads side by side, each with its own q, k and v. x begins at position start."""
+    """Multi-head attention: n_head heads side by side. c_attn makes the q, k, v of each. x begins at position start."""
     qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
     positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq]; with a start per row [n_batch, n_seq]
@@ -147,7 +147,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     model = {**params, "n_head": n_head, "cache": np.zeros(cache_shape, np.float32)}
 
     # Prefill: run the prompts through the model, about 256 tokens at a time to bound the memory. Short prompts are
-    # padded on the right: pads come after a row's real tokens, so none of these sees them, and generated tokens
+    # padded on the right: pads come after a row's real tokens, so no real token sees them, and generated tokens
     # overwrite them in the cache. The last call (in the loop below) gives the logits, so it takes the last n_last
     # tokens of each row. Prompts of 2 and 9: positions 0-6 of both (5 pads), then 0-1 (again) of one, 7-8 of the other.
     piece = max(1, 256 // n_batch)
