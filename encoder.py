@@ -51,7 +51,7 @@ class Encoder:
         self.bpe_ranks = dict(zip(bpe_merges, range(len(bpe_merges))))  # {"l ow": its place in the list}
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
-        self.cached_ids = functools.lru_cache(2**15)(self.encode_word)  # most words of a text come again
+        self.cache = {}  # {word: its ids}, since most words of a text come again
 
     def rank(self, left, right):
         """The place of a merge in the list, from 0, or None if there is no such merge."""
@@ -85,12 +85,22 @@ class Encoder:
         return " ".join(piece for piece in pieces if piece)
 
     def encode_word(self, word):
+        if word in self.cache:
+            return self.cache[word]
+        if len(word) > 2**21:
+            raise ValueError(f"a word of {len(word):,} characters is too long to be split")
         characters = "".join(self.byte_encoder[byte] for byte in word.encode("utf-8"))
-        return [self.encoder[piece] for piece in self.bpe(characters).split(" ")]
+        ids = [self.encoder[piece] for piece in self.bpe(characters).split(" ")]
+        if len(word) < 50 and len(self.cache) < 2**15:  # a few megabytes at most
+            self.cache[word] = ids
+        return ids
 
     def encode(self, text):
-        """text -> list of ids. "<|endoftext|>" is plain text here. Raises UnicodeEncodeError for a lone surrogate."""
-        return [id for word in WORDS.findall(text) for id in self.cached_ids(word)]
+        """text -> list of ids; "<|endoftext|>" is plain text here. Raises ValueError for a word of megabytes.
+
+        A lone surrogate, which is no character, is a UnicodeEncodeError.
+        """
+        return [id for word in WORDS.findall(text) for id in self.encode_word(word)]
 
     def decode_steps(self, ids):
         """ids -> pieces of text. A character that is split over several tokens comes with the last of them."""
@@ -105,11 +115,10 @@ class Encoder:
 
 
 def get_encoder(model_name, models_dir):
-    """The Encoder of models_dir/model_name. Raises ValueError if its two files do not fit each other, or OSError."""
-    with open(os.path.join(models_dir, model_name, "encoder.json"), "rb") as f:
+    """The Encoder of models_dir/model_name. Raises OSError or ValueError if its two files cannot be read."""
+    folder = os.path.join(os.path.expanduser(models_dir), model_name)
+    with open(os.path.join(folder, "encoder.json"), "rb") as f:
         encoder = json.load(f)
-    with open(os.path.join(models_dir, model_name, "vocab.bpe"), encoding="utf-8") as f:
+    with open(os.path.join(folder, "vocab.bpe"), encoding="utf-8") as f:
         merges = f.read().split("\n")[1:-1]  # the first line is the version, and nothing follows the last line end
-    if "<|endoftext|>" not in encoder or len(encoder) != 256 + len(merges) + 1:  # bytes, merges, <|endoftext|>
-        raise ValueError(f"{len(encoder)} tokens in encoder.json do not fit {len(merges)} merges in vocab.bpe")
     return Encoder(encoder, merges)

@@ -1,25 +1,37 @@
-"""GPT-2 in plain NumPy: the model, generation, the command line.
+"""GPT-2 in plain NumPy: the model, its cache, generation, the command line.
 
 The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019); OpenAI's code is at
 https://github.com/openai/gpt-2. A token is a piece of text, about four letters; its id is its number in the vocabulary.
-Given ids, the model returns logits: at each position one score for every token that could come next.
-
-Shapes stand at the end of a line; "..." is nothing or a batch axis. OpenAI's 124M (million weights) has n_vocab = 50257
-tokens, n_ctx = 1024 positions (the context length), n_embd = 768 numbers a token, n_head = 12, d_head = 768 / 12 = 64.
 """
 
 import itertools
-import json
+import operator
 import sys
+from functools import partial
+
+if __name__ == "__main__":
+    from utils import run  # before NumPy: if that is missing, it says so in one line
 
 import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
-# Array functions only: with jax.numpy in place of np, JAX can compile and differentiate it (without a cache).
+# From the ids of a text to what may come next:
+#   1. Each id becomes an embedding: n_embd numbers for what the token is, plus as many for where it stands. They are x,
+#      one row a token.
+#   2. x passes through n_layer blocks, or layers. In each, attention lets a token fetch from the tokens before it, then
+#      a feed-forward network works on each token alone. Both add what they find to x.
+#   3. Each row, normalised once more, is compared with all tokens' embeddings. That gives the logits: for each token of
+#      the vocabulary a score, higher if it is more likely to come next.
+# The weights (w, b, g, wte, wpe) were learned by predicting the next token in 40 GB of text, so no position may look
+# ahead: it would copy the answer. To train, add a loss, the mean of -log p of each next token, and step along its
+# gradient; JAX computes it with jax.numpy in place of np, since without a cache these are array functions only.
+#
+# Shapes stand at the end of a line; "..." is nothing or a batch axis. OpenAI's 124M (million weights): n_vocab = 50257
+# tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 768 / 12 = 64.
 
 
 def gelu(x):
-    """max(x, 0) with a soft bend (Hendrycks & Gimpel, 2016), in the tanh approximation GPT-2 was trained with."""
+    """max(x, 0) with a soft bend (Hendrycks & Gimpel, 2016), in the tanh form that GPT-2 was trained with."""
     return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * (x * x * x))))  # x**3 would be far slower
 
 
@@ -31,7 +43,7 @@ def softmax(x):
 
 
 def layer_norm(x, g, b, eps=1e-5):
-    """Bring each position's numbers to mean 0 and variance 1, scale them by g (gain) and shift them by b (bias)."""
+    """Bring the numbers of each row to mean 0 and variance 1, scale them by g (gain) and shift them by b (bias)."""
     x = x - x.sum(-1, keepdims=True) / x.shape[-1]  # sum() / n takes half the time of mean()
     variance = (x * x).sum(-1, keepdims=True) / x.shape[-1]  # [..., 1]
     return x / np.sqrt(variance + eps) * g + b
@@ -39,68 +51,112 @@ def layer_norm(x, g, b, eps=1e-5):
 
 def linear(x, w, b):
     """x times the weights w, plus the bias b."""
-    rows = x.reshape(-1, w.shape[0])  # flatten to one matrix, so that NumPy reads w once and not once per sequence
-    return (rows @ w + b).reshape(*x.shape[:-1], w.shape[1])  # [..., n_in] @ [n_in, n_out] -> [..., n_out]
+    return x @ w + b  # [n_row, n_in] @ [n_in, n_out] + [n_out] -> [n_row, n_out]
 
 
 def ffn(x, c_fc, c_proj):
-    """The feed-forward network (mlp), for each position alone. c_fc: fully connected layer; c_proj: projection back."""
-    return linear(gelu(linear(x, **c_fc)), **c_proj)  # {"w", "b"} each; [..., n_embd] -> 4*n_embd -> n_embd
+    """The feed-forward network, for each row alone. c_fc: fully connected layer; c_proj: projection, back to n_embd.
+
+    Without the bend of gelu between them, the two linear layers could be multiplied out to a single one.
+    """
+    return linear(gelu(linear(x, **c_fc)), **c_proj)  # [n_row, n_embd] -> [n_row, 4 * n_embd] -> [n_row, n_embd]
 
 
 def attention(q, k, v, mask):
-    """Let each position gather information from others ("Attention Is All You Need", Vaswani et al., 2017, 3.2.1).
+    """Let each position fetch from others ("Attention Is All You Need", Vaswani et al., 2017, section 3.2.1).
 
     Each has a query q (what it looks for), a key k (what it can be found by) and a value v (what it tells). The better
     a query matches a key, the more of that key's value it takes. The mask is 0 where it may look, and -inf where not.
     """
     q = q / q.shape[-1] ** 0.5  # dot products grow with sqrt(d_head); undivided, one key would get all the weight
     scores = q @ k.swapaxes(-1, -2)  # [..., n_query, d_head] @ [..., d_head, n_key] -> [..., n_query, n_key]
-    return softmax(scores + mask) @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
+    scores += mask
+    return softmax(scores) @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
 
 
-def causal_mask(query_positions, key_positions):
-    """The one rule: a query at position p sees the keys at positions <= p. [..., n_query] and [n_key] -> the mask."""
-    queries = np.expand_dims(query_positions, (-3, -1))  # [..., 1, n_query, 1]; the first 1 stands for every head
-    return np.where(key_positions <= queries, np.float32(0), np.float32(-np.inf))  # [..., 1, n_query, n_key]
+def mha(x, c_attn, c_proj, n_head, positions=None, remember=None):
+    """Multi-head attention: n_head heads, each attention on its own slice of d_head numbers of every q, k and v.
 
-
-def mha(x, c_attn, c_proj, n_head, cache=None, start=0):
-    """Multi-head attention: n_head heads side by side. c_attn makes the q, k, v of each. x begins at position start."""
-    qkv = linear(x, **c_attn).reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
+    One head gives one blend of values; several let a token fetch different things from different places at once.
+    positions [..., n_seq] says which rows of x are a sequence; without it, all of them are one.
+    """
+    positions = np.arange(len(x)) if positions is None else positions
+    qkv = linear(x, **c_attn).reshape(*positions.shape, 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
-    positions = np.expand_dims(start, -1) + np.arange(x.shape[-2])  # [n_seq]; with a start per row [n_batch, n_seq]
-    # The KV cache, for generation. A position's keys and values depend only on the tokens up to it, so they never
-    # change. They are kept, and a new token costs one query instead of one for every token of the text.
-    if cache is not None:  # this layer's: [2 (keys, values), n_batch, n_head, n_positions, d_head]
-        for b, at in enumerate(positions):  # each row of the batch is at positions of its own
-            cache[:, b, :, at[0] : at[-1] + 1] = k[b], v[b]  # 2 times [n_head, n_seq, d_head]
-        k, v = cache[:, :, :, : positions.max() + 1]  # up to the longest row: 2 times [n_batch, n_head, n_key, d_head]
-    mask = causal_mask(positions, np.arange(k.shape[-2]))  # [..., 1, n_seq, n_key]
+    if remember:  # only to generate faster: puts k and v behind those of the positions before
+        k, v = remember(positions, k, v)  # 2 times [..., n_head, n_key, d_head]
+    # The one rule: a query at position p sees the keys at positions <= p.
+    query_positions = np.expand_dims(positions, (-3, -1))  # [..., 1, n_seq, 1]; the first 1 is for all heads
+    key_positions = np.arange(k.shape[-2])  # [n_key]
+    mask = np.where(key_positions <= query_positions, np.float32(0), np.float32(-np.inf))  # [..., 1, n_seq, n_key]
     heads = attention(q, k, v, mask).swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
-    return linear(heads.reshape(x.shape), **c_proj)  # mix what the heads have found: [..., n_seq, n_embd]
+    return linear(heads.reshape(x.shape), **c_proj)  # mix what the heads have found: [n_row, n_embd]
 
 
-def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, cache=None, start=0):
-    """Attention moves information between positions, ffn works on it. Each adds to x instead of replacing it."""
-    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, cache=cache, start=start)  # [..., n_seq, n_embd]
-    return x + ffn(layer_norm(x, **ln_2), **mlp)  # [..., n_seq, n_embd]
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, remember=None):
+    """Attention moves information between tokens, then ffn (mlp: multilayer perceptron) works on it.
+
+    Both add to x instead of replacing it: nothing found before is lost, and a block need only learn what to add. What
+    they read is normalised first, since x grows from block to block; x itself passes through unchanged.
+    """
+    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, positions=positions, remember=remember)
+    return x + ffn(layer_norm(x, **ln_2), **mlp)  # [n_row, n_embd]
 
 
-def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, cache=None, start=0):
+def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
-    wte, wpe: word token and position embeddings, n_embd numbers each. blocks[3]["mlp"]["c_fc"]: weights of layer 3.
-    With a cache, start is the position of each row's first id, and only its last id gets logits: [n_batch, n_vocab].
+    wte, wpe: word token and word position embeddings. blocks[3]["mlp"]["c_fc"]: weights of block 3. ln_f: final norm.
+    With a cache (below), only the last position of each row gets logits: ids [n_batch, n_seq] -> [n_batch, n_vocab].
     """
     inputs = np.asarray(inputs)
-    positions = np.expand_dims(start, -1) + np.arange(inputs.shape[-1])  # [n_seq], with a cache [n_batch, n_seq]
-    x = wte[inputs] + wpe[positions]  # what the token is, and where it is: [..., n_seq, n_embd]
+    if positions is None:
+        positions = np.broadcast_to(np.arange(inputs.shape[-1]), inputs.shape)
+    x = wte[inputs] + wpe[positions]  # training finds both room in n_embd numbers, so that blocks can tell them apart
+    x = x.reshape(-1, x.shape[-1])  # from here on one row a token, whatever sequence it is of: [n_row, n_embd]
     for i, block in enumerate(blocks):
-        x = transformer_block(x, **block, n_head=n_head, cache=None if cache is None else cache[i], start=start)
+        remember = None if cache is None else partial(extend, cache[i])
+        x = transformer_block(x, **block, n_head=n_head, positions=positions, remember=remember)
+    x = layer_norm(x, **ln_f).reshape(*inputs.shape, -1)  # [..., n_seq, n_embd]
     if cache is not None:
         x = x[:, -1]  # only the last position gives the next token; the other logits would be up to a third of the work
-    return layer_norm(x, **ln_f) @ wte.T  # the same matrix reads tokens in and scores them on the way out
+    return x @ wte.T  # the matrix that reads tokens in also scores them: a token is likely where x resembles its row
+
+
+# ---- The cache ------------------------------------------------------------------------------------------------------
+# You have now read all of GPT-2. To generate, one could run gpt2() on the whole text again for each new token. But a
+# position sees none after it, so its keys and values never change as the text grows. The KV cache keeps them, and a new
+# token costs one query instead of one for each token of the text. Queries are not kept: each is used just once, by its
+# own token. cache: [n_layer, 2 (keys, values), n_batch, n_head, n_positions, d_head]; for 124M 73,728 bytes a token.
+
+
+def extend(layer_cache, positions, k, v):
+    """Write the k and v of some positions into the cache of one layer; return all keys and all values up to the last.
+
+    positions [n_batch, n_seq] may differ from row to row of the batch; k and v: [n_batch, n_head, n_seq, d_head].
+    """
+    for row, at in enumerate(positions):
+        layer_cache[:, row, :, at[0] : at[-1] + 1] = k[row], v[row]
+    return layer_cache[:, :, :, : positions.max() + 1]  # up to the longest row: [2, n_batch, n_head, n_key, d_head]
+
+
+def prefill(prompts, model):
+    """Run the prompts through the model, which fills its cache. Returns the logits after each: [n_batch, n_vocab].
+
+    Short prompts are padded on the right. A pad stands after all tokens of its row, so none of them sees it, and each
+    new token overwrites one in the cache. A call takes about 256 tokens, to bound the memory. The last call takes the
+    last n_last tokens of each row, wherever that ends, and gives the logits. Prompts of 3 and 600 tokens: positions
+    0-127, 128-255 ... 512-596 of both rows, then 0-2 (again) of the one and 597-599 of the other.
+    """
+    n_batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts])
+    longest, at_once = lengths.max(), max(1, 256 // n_batch)
+    n_last = min(at_once, lengths.min())  # 1 would do; as many as all rows have can save a call
+    padded = np.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # [n_batch, longest]
+    for first in range(0, longest - n_last, at_once):
+        positions = np.tile(np.arange(first, min(first + at_once, longest - n_last)), (n_batch, 1))  # [n_batch, n_seq]
+        gpt2(padded[:, positions[0]], **model, positions=positions)
+    positions = lengths[:, None] - n_last + np.arange(n_last)  # [n_batch, n_last]
+    return gpt2(np.take_along_axis(padded, positions, axis=1), **model, positions=positions)
 
 
 # ---- Sampling and generation ----------------------------------------------------------------------------------------
@@ -112,67 +168,70 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     A temperature below 1 favours probable tokens more, above 1 less. Then top_k keeps the k most probable tokens, and
     top_p the fewest that together reach probability p (Holtzman et al., 2020). Ties with the last one stay too.
     """
+    from utils import check_options
+
+    temperature, top_k, top_p = check_options(temperature=temperature, top_k=top_k, top_p=top_p).values()
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
-    logits = np.asarray(logits, np.float64, order="C")  # so that reshape below gives views
+    logits = np.asarray(logits, np.float64)
     logits = (logits - logits.max(-1, keepdims=True)) / temperature  # the highest is 0, so nothing overflows
     if top_k and top_k < logits.shape[-1]:
-        logits = np.where(logits < np.partition(logits, -top_k)[..., -top_k, None], -np.inf, logits)  # < k-th highest
+        kth_highest = np.partition(logits, -top_k)[..., [-top_k]]  # [..., 1]
+        logits = np.where(logits < kth_highest, -np.inf, logits)
     probs = softmax(logits)
     if top_p and top_p < 1:
-        for row in probs.reshape(-1, probs.shape[-1]):  # [n_vocab]; what is set in row is set in probs
-            falling = np.sort(row[row >= (1 - top_p) / len(row)])[::-1]  # sort only these; the rest sums to < 1 - top_p
-            sum_before = falling.cumsum() - falling  # of the more probable tokens
-            row[row < falling[sum_before < top_p][-1]] = 0  # [-1]: the last token that is needed to reach p
+        falling = np.sort(probs)[..., ::-1]  # [..., n_vocab]
+        sum_before = falling.cumsum(-1) - falling  # of the more probable tokens
+        least = np.where(sum_before < top_p, falling, 1).min(-1, keepdims=True)  # of the last token that is needed
+        probs = np.where(probs < least, 0, probs)
         probs /= probs.sum(-1, keepdims=True)
     return probs
 
 
-def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, stop_id=None,
-                   temperature=None, top_k=None, top_p=None, seed=None):  # fmt: skip
-    """Yield the next id of every prompt, [n_batch], step by step. Raises ValueError for a prompt that does not fit.
+def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, stop_id=None, seed=None, **sampling):
+    """Yield the next id of every prompt, [n_batch], step by step. Ends once all had stop_id. Raises ValueError.
 
-    Greedy (the highest logit) if temperature is 0 or none of temperature, top_k, top_p and seed is given. Else row b
-    draws with random numbers made from seed and its place among all prompts, first_row + b. Ends once all had stop_id.
+    sampling: temperature, top_k and top_p. Greedy (the highest logit) if temperature is 0, or if neither one of these
+    nor a seed is given. Else each row draws with a generator made from the seed and its place among all prompts,
+    counted from first_row. So a text does not depend on the batch size, except that a larger matrix product adds in
+    another order: the logits then differ in the last digits, and that can tip a close choice.
     """
+    from utils import check_options
+
+    if n_tokens_to_generate == 0:
+        return
+    sampling = check_options(n_tokens_to_generate=n_tokens_to_generate, seed=seed, **sampling)
+    n_new, seed = sampling.pop("n_tokens_to_generate"), sampling.pop("seed")  # seed: None if greedy
+    prompts = [[operator.index(id) for id in prompt] for prompt in prompts]  # from integers of any kind
     (n_vocab, n_embd), n_ctx, n_batch = params["wte"].shape, len(params["wpe"]), len(prompts)
-    lengths, n_new = [len(prompt) for prompt in prompts], n_tokens_to_generate
     for number, prompt in enumerate(prompts, first_row + 1):
-        if not 1 <= len(prompt) <= n_ctx - n_new or min(prompt) < 0 or max(prompt) >= n_vocab:
-            limit = f"at most {n_ctx} together, the context length (a prompt has 1 or more, with ids below {n_vocab})"
+        wrong = [id for id in prompt if not 0 <= id < n_vocab]
+        if wrong:
+            raise ValueError(f"prompt {number} has the id {wrong[0]}, but ids go from 0 to {n_vocab - 1}")
+        if not 1 <= len(prompt) <= n_ctx - n_new:
+            limit = f"at most {n_ctx} together, the context length (and at least 1 in a prompt)"
             raise ValueError(f"prompt {number} has {len(prompt)} tokens and {n_new} are to be generated: {limit}")
-    greedy = temperature == 0 or [temperature, top_k, top_p, seed] == [None] * 4
-    seeds = [None if seed is None else [seed, first_row + b] for b in range(n_batch)]
-    streams = [] if greedy else [np.random.default_rng(row_seed) for row_seed in seeds]  # np.random is slow to import
-    cache_shape = len(params["blocks"]), 2, n_batch, n_head, max(lengths) + n_new, n_embd // n_head
+    cache_shape = len(params["blocks"]), 2, n_batch, n_head, max(map(len, prompts)) + n_new, n_embd // n_head
     model = {**params, "n_head": n_head, "cache": np.zeros(cache_shape, np.float32)}
+    if seed is not None:
+        generators = [np.random.default_rng([first_row + row, seed]) for row in range(n_batch)]
 
-    # Prefill: run the prompts through the model, about 256 tokens at a time to bound the memory. Short prompts are
-    # padded on the right: pads come after a row's real tokens, so no real token sees them, and generated tokens
-    # overwrite them in the cache. The last call (in the loop below) gives the logits, so it takes the last n_last
-    # tokens of each row. Prompts of 2 and 9: positions 0-6 of both (5 pads), then 0-1 (again) of one, 7-8 of the other.
-    piece = max(1, 256 // n_batch)
-    n_last = min(piece, *lengths)  # not more than the shortest has; 1 would do, more can save a call
-    n_before = max(lengths) - n_last
-    padded = np.array([(list(prompt) + [0] * n_before)[:n_before] for prompt in prompts])  # [n_batch, n_before]
-    for first in range(0, n_before, piece):
-        gpt2(padded[:, first : first + piece], **model, start=[first] * n_batch)  # only to fill the cache
-    inputs = np.array([prompt[-n_last:] for prompt in prompts])  # [n_batch, n_last]
-    start = np.array(lengths) - n_last  # [n_batch]
-
+    logits = prefill(prompts, model)  # [n_batch, n_vocab]
+    positions = np.array([[len(prompt)] for prompt in prompts])  # of the token to come in each row: [n_batch, 1]
     ended = np.zeros(n_batch, bool)
-    for _ in range(n_new):
-        logits = gpt2(inputs, **model, start=start)  # [n_batch, n_vocab]
-        if greedy:
+    for n_left in reversed(range(n_new)):
+        if not np.isfinite(logits.max(-1)).all():
+            raise ValueError("the logits are not numbers: there must be NaN or infinity among the weights")
+        if seed is None:
             ids = logits.argmax(-1)  # [n_batch]
         else:
-            probs = sample_probs(logits, temperature, top_k, top_p)
-            ids = np.array([stream.choice(n_vocab, p=row) for stream, row in zip(streams, probs)])
+            probs = sample_probs(logits, **sampling)
+            ids = np.array([generator.choice(n_vocab, p=row) for generator, row in zip(generators, probs)])
         yield ids
         ended |= ids == stop_id
-        if ended.all():  # until then ended rows are still computed; ignore their further ids
+        if n_left == 0 or ended.all():  # until then ended rows are still computed; ignore their further ids
             return
-        start = start + inputs.shape[1]  # after prompts of 2 and 9 tokens: [2, 9], then [3, 10]
-        inputs = ids[:, None]  # from now on one query for each row: [n_batch, 1]
+        logits = gpt2(ids[:, None], **model, positions=positions)  # decode: one query a row
+        positions = positions + 1
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, **options):
@@ -188,26 +247,29 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 
 
 def complete(prompts, model, batch_size, first_row=0, **options):
-    """Yield each prompt with the pieces of its text, batch by batch. A prompt is read when its batch is due."""
+    """Yield each prompt's text as an iterator of pieces, batch by batch."""
     encoder, hparams, params = model
-    prompts, end = iter(prompts), encoder.encoder["<|endoftext|>"]
-    while batch := list(itertools.islice(prompts, batch_size)):
-        ids = [encoder.encode(prompt) or [end] for prompt in batch]  # "" becomes the token that stands between texts
-        steps = generate_steps(ids, params, hparams["n_head"], first_row=first_row, stop_id=end, **options)
-        rows = zip(*steps) if len(batch) > 1 else [(id for [id] in steps)]  # one prompt: id by id
-        for prompt, row in zip(batch, rows):
-            yield prompt, encoder.decode_steps(itertools.takewhile(lambda id: id != end, row))
-        first_row += len(batch)
+    end = encoder.encoder["<|endoftext|>"]  # stands between texts, so it also begins one
+    for first in range(0, len(prompts), batch_size):
+        batch = [encoder.encode(prompt) or [end] for prompt in prompts[first : first + batch_size]]
+        steps = generate_steps(batch, params, hparams["n_head"], first_row=first_row + first, stop_id=end, **options)
+        if len(batch) == 1:
+            rows = [(id for [id] in steps)]  # one by one, so that a text can be shown while it is generated
+        else:
+            rows = np.transpose(list(steps)).tolist()  # [n_batch, n_steps]
+        for row in rows:
+            yield encoder.decode_steps(itertools.takewhile(lambda id: id != end, row))
 
 
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None, batch_size=32, **sampling):
-    """The text that follows a prompt; for a list of prompts a list. Raises ValueError, OSError or ImportError."""
+    """For Python: the text that follows a prompt; for a list of prompts a list. Raises ValueError or OSError."""
     from utils import check_options, load_encoder_hparams_and_params
 
-    options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size, **sampling)
+    options = {"n_tokens_to_generate": n_tokens_to_generate, "batch_size": batch_size, **sampling}
+    options = check_options(model_size, **options)
     model = load_encoder_hparams_and_params(model_size, models_dir)
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    texts = ["".join(pieces) for _, pieces in complete(prompts, model, **options)]
+    texts = ["".join(pieces) for pieces in complete(prompts, model, **options)]
     return texts[0] if isinstance(prompt, str) else texts
 
 
@@ -216,54 +278,60 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
         top_p: float = None, seed: int = None, batch_size=32):  # fmt: skip # noqa: RUF013
     """Continue a text with GPT-2.
 
-    One prompt: the text appears as it is generated. Several: "> prompt", and below it its text. None: asks for prompts
-    until Ctrl-D, or takes what comes through a pipe as one prompt. Greedy (always the most probable token) unless
+    One prompt: the text appears as it is generated. Several: "> prompt", and
+    below it its text. None: asks for prompts until Ctrl-D, or takes what comes
+    through a pipe as one prompt. Greedy (always the most probable token) unless
     temperature, top_k, top_p or seed is given: then tokens are drawn at random.
 
+        python gpt2.py "Alan Turing theorized that" -n 20
+        python gpt2.py "Once upon a time" --temperature 0.8 --top_p 0.9
+
+    A model is fetched when it is first used (124M: 500 MB), from OpenAI or from
+    the URL in the environment variable GPT2_MODELS_URL. A prompt and its text
+    have at most 1,024 tokens together, the context length (2M: 256).
+
     Args:
-        prompts: beginnings of texts
+        prompts: beginnings of texts; after -- they may begin with a dash
         prompt: one more, which may begin with a dash: --prompt="--like this"
-        prompts_file: a file with one prompt a line, or - for standard input; writes {"prompt": ..., "text": ...} lines
-        n_tokens_to_generate: how many tokens to generate at most; one is about four letters
-        model_size: 124M, 355M, 774M or 1558M (downloaded once), 2M (included), or any folder in models_dir
-        models_dir: the folder with the models; without it, the folder "models" beside gpt2.py
-        temperature: below 1 favours probable tokens more, above 1 less; 0: greedy; without it, 1
-        top_k: draw from the k most probable tokens; without it (or 0), from all
-        top_p: draw from the fewest tokens that together have this probability; without it (or 1), from all
-        seed: a whole number; the same one gives the same text again; without it, another text each time
+        prompts_file: one prompt a line in (-: standard input), JSON lines out
+        n_tokens_to_generate: how many tokens to generate at most
+        model_size: 124M, 355M, 774M or 1558M, 2M (included), or a folder's name
+        models_dir: the folder of the models; by default the one beside gpt2.py
+        temperature: below 1 favours probable tokens more, above 1 less
+        top_k: draw from the k most probable tokens
+        top_p: draw from the fewest tokens that together have this probability
+        seed: a whole number; the same one gives the same text again
         batch_size: how many prompts to work on together
     """
-    from utils import ask, check_options, load_encoder_hparams_and_params, read_prompts
+    from utils import answer_lines, ask, check_options, load_encoder_hparams_and_params, read_prompts
 
-    options = check_options(n_tokens_to_generate=n_tokens_to_generate, temperature=temperature, top_k=top_k,
-                            top_p=top_p, seed=seed, batch_size=batch_size)  # fmt: skip
-    prompts = prompts if prompt is None else (*prompts, prompt)
-    if prompts_file is not None:
-        if prompts:
-            raise ValueError("give prompts or --prompts_file, not both")
-        prompts = read_prompts(open(0 if prompts_file == "-" else prompts_file, "rb"))  # noqa: SIM115
-    elif not prompts and not sys.stdin.isatty():
-        prompts = [*read_prompts([sys.stdin.buffer.read()])]
-    model = load_encoder_hparams_and_params(model_size, models_dir)
+    options = {"n_tokens_to_generate": n_tokens_to_generate, "batch_size": batch_size, "temperature": temperature}
+    options = check_options(model_size, **options, top_k=top_k, top_p=top_p, seed=seed)
+    prompts = list(prompts) if prompt is None else [*prompts, prompt]
+    if prompts and prompts_file is not None:
+        raise ValueError("give prompts or --prompts_file, not both")
+    if prompts_file is None and not prompts and not sys.stdin.isatty():
+        prompts = ["\n".join(read_prompts("-"))]
+    lines = None if prompts_file is None else read_prompts(prompts_file)
+    if seed is None and options["seed"] is not None and sys.stderr.isatty():
+        print(f"--seed {options['seed']}", file=sys.stderr)  # the same text can be had again
+    texts = partial(complete, model=load_encoder_hparams_and_params(model_size, models_dir), **options)
 
     def show(prompts, first_row=0):
-        for given, pieces in complete(prompts, model, first_row=first_row, **options):
-            if prompts_file is not None:
-                line = {"prompt": given, "text": "".join(pieces)}
-                pieces = [json.dumps(line, ensure_ascii=sys.stdout.encoding.lower() != "utf-8")]
-            elif len(prompts) > 1:
+        for given, pieces in zip(prompts, texts(prompts, first_row=first_row)):
+            if len(prompts) > 1:
                 print(f"> {given}")
             for piece in pieces:
                 print(piece, end="", flush=True)
             print(flush=True)
 
-    if prompts or prompts_file is not None:
+    if lines is not None:
+        answer_lines(lines, options["batch_size"], texts)
+    elif prompts:
         show(prompts)
     else:
-        ask(show)  # each line typed gets a random stream of its own
+        ask(show)  # each line typed gets a random generator of its own
 
 
 if __name__ == "__main__":
-    from utils import run
-
     run(cli)

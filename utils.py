@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -18,103 +19,160 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError as error:
+    sys.exit(f"error: {error}; pip install -r requirements.txt")
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # or what GPT2_MODELS_URL in the environment says
-RELEASED = {"124M": 498, "355M": 1419, "774M": 3096, "1558M": 6230}  # megabytes
-DATA = ".data-00000-of-00001"
-FILES = ["encoder.json", "vocab.bpe", "hparams.json", "checkpoint", "model.ckpt.index", "model.ckpt" + DATA]
-SHA256 = {  # the same for all sizes; fetched first, so a server that sends something else is found out at once
+DATA = "model.ckpt.data-00000-of-00001"
+FILES = ["encoder.json", "vocab.bpe", "hparams.json", "checkpoint", "model.ckpt.index", DATA]
+HPARAMS = {  # 2M comes with this repository, the others were released by OpenAI
+    "2M": {"n_vocab": 2048, "n_ctx": 256, "n_embd": 144, "n_head": 4, "n_layer": 6},
+    "124M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12},
+    "355M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1024, "n_head": 16, "n_layer": 24},
+    "774M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1280, "n_head": 20, "n_layer": 36},
+    "1558M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 48},
+}
+RELEASED = [*HPARAMS][1:]
+SIZES = {"encoder.json": 1_042_301, "vocab.bpe": 456_318, "checkpoint": 77}  # bytes
+SHA256 = {  # without a size: the same in all released models
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
+    "124M/model.ckpt.index": "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
+    f"124M/{DATA}": "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
+    "2M/encoder.json": "9f7a2a3ccc86e905d2eb22854d9e8339f2adcecc89415466372c443c06be356e",
+    "2M/vocab.bpe": "213b1c318a4ba986d2a6c0f4cf10e35712c34d5cf297a965709f578206ce8e43",
+    "2M/model.ckpt.index": "ef9a0e5ef43ca381db7fc49b7125e2926cc8643a5d187a43ac1c00f7feebf4db",
+    f"2M/{DATA}": "50ecec854c37892224624513065e7c3e8fe98c60fe698879207e9da94f2796f7",
 }
 
 # ---- Download -------------------------------------------------------------------------------------------------------
 
 
-def is_whole(path):
-    """Is this file there? The data file, or its part, must also have the size that follows from hparams.json."""
-    if not path.name.startswith(FILES[-1]):
-        return path.exists()
-    shapes = tensor_shapes(load_hparams(path.parent))
-    return path.exists() and path.stat().st_size >= sum(4 * math.prod(shape) for shape in shapes.values())
-
-
 def download_gpt2_files(model_size, model_dir):
-    """Fetch the files of a released model that model_dir lacks. Raises OSError: no network, no such file, no space."""
-    url = f"{(os.environ.get('GPT2_MODELS_URL') or URL).rstrip('/')}/{model_size}"
-    model_dir, paths = Path(model_dir), [Path(model_dir) / name for name in FILES]
+    """Fetch the files of a released model that model_dir lacks. Raises ValueError, or OSError if they cannot be had."""
+    if model_size not in RELEASED:
+        raise ValueError(f"{model_size!r} is no released model; these are: {', '.join(RELEASED)}")
+    model_dir = Path(os.path.expanduser(model_dir))
+    if (model_dir / "hparams.json").exists():
+        check_known(model_dir / "hparams.json", "hparams.json", model_size)
+    n_bytes = data_size(HPARAMS[model_size])
+
+    def is_whole(path):  # another program may have left the beginning of the data file, or some page
+        if path.name == "checkpoint":
+            return path.exists() and b"model_checkpoint_path" in path.read_bytes()
+        return path.exists() and (path.name != DATA or size_of(path) >= n_bytes)
+
+    paths = [model_dir / name for name in FILES]
     if all(map(is_whole, paths)):
         return
-    print(f"fetching {model_size}, {RELEASED[model_size]} MB, from {url} to {model_dir}", file=sys.stderr, flush=True)
+    url = f"{(os.environ.get('GPT2_MODELS_URL') or URL).rstrip('/')}/{model_size}"
+    print(f"fetching {model_size}, {n_bytes / 1e6:.0f} MB, from {url} to {model_dir}", file=sys.stderr, flush=True)
     model_dir.mkdir(parents=True, exist_ok=True)
     with open(model_dir / ".lock", "w") as lock:
         with contextlib.suppress(ImportError, OSError):  # Windows has no such lock, nor has every network disk
             import fcntl
 
-            fcntl.flock(lock, fcntl.LOCK_EX)  # wait for another run that fetches; the lock of a killed run is lifted
-        for path in itertools.filterfalse(is_whole, paths):  # hparams.json comes before the data file
-            download(f"{url}/{path.name}", path)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("waiting for another run that fetches it", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the lock of a run that is killed is lifted
+        for path in itertools.filterfalse(is_whole, paths):
+            download(f"{url}/{path.name}", path, model_size)
 
 
-def download(url, path):
+def size_of(path):
+    """The size of a file in bytes; 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def download(url, path, model_size):
     """Fetch url into path. A file that is not whole yet is named path.part, and the next try or run continues it."""
-    import requests
-    from urllib3.exceptions import MaxRetryError
+    import ssl
 
-    part = Path(f"{path}.part")
-    if path.exists():  # the data file, of which another program has left only the beginning: go on from there
+    import requests
+
+    part, failures = Path(f"{path}.part"), 0
+    total = {**SIZES, DATA: data_size(HPARAMS[model_size])}.get(path.name)  # None: not known
+    if path.name == DATA and path.exists():
         path.replace(part)
-    for tries in range(1, 6):
+    if total and size_of(part) > total:
+        part.unlink()
+    while True:
+        size = size_of(part)
         try:
-            fetch(url, part)
+            fetch(url, part, size, total)
             break
-        except requests.RequestException as error:
+        except (requests.RequestException, ValueError) as error:
             cause = error
             while cause.__context__:  # the first cause says it in plain words: "Connection refused"
                 cause = cause.__context__
-            reason = getattr(cause, "strerror", None) or cause
-            if tries == 5 or isinstance(error.args[0], MaxRetryError):  # that is: no connection at all
+            proxy = "the proxy: " if isinstance(error, requests.exceptions.ProxyError) else ""
+            failure = f"cannot fetch {url}: {proxy}{getattr(cause, 'strerror', None) or cause}"
+            if isinstance(error, ValueError) or isinstance(cause, ssl.CertificateError):  # to try again is no use
+                raise OSError(failure) from None
+            failures = 0 if size_of(part) > size else failures + 1
+            if failures == 5:
                 hint = "run again to go on where it stopped (--model_size 2M works without a network)"
-                raise OSError(f"cannot fetch {url}: {reason}; {hint}") from None
-            print(f"{url}: {reason}; trying again ({tries + 1} of 5)", file=sys.stderr, flush=True)
-            time.sleep(2**tries / 8)  # seconds
-    has_sha256 = path.name not in SHA256 or hashlib.sha256(part.read_bytes()).hexdigest() == SHA256[path.name]
-    if not has_sha256 or not is_whole(part):
+                raise OSError(f"{failure}; {hint}") from None
+            print(f"{failure}; trying again", file=sys.stderr, flush=True)
+            time.sleep(2**failures / 8)  # seconds
+    try:
+        check_known(part, path.name, model_size)
+    except ValueError:
         part.unlink()
-        raise OSError(f"{url} is some other file (it is too short, or its SHA-256 is not that of OpenAI's)")
+        raise OSError(f"{url} is some other file than OpenAI's {path.name}") from None
     part.replace(path)
 
 
-def fetch(url, part):
-    """Append the rest of url to what is in the file part. Raises requests.RequestException if that did not work."""
+def fetch(url, part, size, total):
+    """Append the rest of url to the file part, which has size bytes; total is the size of the whole, None if not known.
+
+    Nothing but the file itself is kept. Raises ValueError if to try again is no use, else requests.RequestException.
+    """
     import requests
     from tqdm import tqdm
 
-    size = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={size}-", "Accept-Encoding": "identity"}
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 15)) as response:  # seconds to connect, to read
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:  # seconds to connect, to read
         status, content_range = response.status_code, response.headers.get("Content-Range", "")
+        came = f"HTTP status {status} {content_range}".rstrip()
         match = re.fullmatch(rf"bytes {size}-\d+/(\d+)", content_range)
-        if status == 416 and content_range == f"bytes */{size}":
+        if status == 416 and content_range == f"bytes */{size}" and total in (None, size):
             return  # nothing comes after these bytes: the file is whole
         if status == 206 and match:  # what was asked for
-            total = int(match[1])
+            start, length = size, int(match[1])
         elif status == 200:  # the whole file: this server knows no ranges
-            size, total = 0, int(response.headers.get("Content-Length", 0))  # 0: it does not say
+            start, length = 0, int(response.headers.get("Content-Length", 0))  # 0: it does not say
+        elif status in (408, 416, 429) or not 400 <= status < 500:
+            raise requests.HTTPError(f"{came}, for what comes after {size} bytes")
         else:
-            if status == 416:  # there is more than the file has: begin again
-                part.unlink(missing_ok=True)
-            raise requests.HTTPError(f"HTTP status {status} {content_range}".rstrip())
-        bar = tqdm(desc=part.stem, total=total, initial=size, unit="B", unit_scale=True, disable=None)
-        with bar, open(part, "ab" if size else "wb") as f:
+            raise ValueError(came)
+        if length and (length < size or (total and length != total)):
+            raise ValueError(f"{came}, but a file of {length} bytes, not of {total or size}")
+        bar = tqdm(desc=part.stem, total=length or total, initial=start, unit="B", unit_scale=True, disable=None)
+        with bar, open(part, "a+b") as file:
+            file.seek(start)
             for chunk in response.iter_content(2**14):
-                bar.update(f.write(chunk))
-            if total and f.tell() != total:
-                raise requests.HTTPError(f"{f.tell()} bytes came, of {total}")
+                known = file.read(len(chunk))  # if it begins at the start
+                if not chunk.startswith(known):
+                    raise ValueError(f"{came}, but it does not begin as {part} does (delete that to begin again)")
+                file.write(chunk[len(known) :])
+                bar.update(len(chunk))
+            end = file.tell()
+            expected = length or total or max(end, size)
+            if end > expected or (end < expected and not length):  # then it is not sure that this was the file
+                file.truncate(size)
+            if end != expected:
+                raise requests.HTTPError(f"{end} bytes came, of {expected}")
 
 
 # ---- Check and map --------------------------------------------------------------------------------------------------
+
+MEND = "if it is damaged, put a good copy in its place (a released model: delete it, the next run fetches it)"
 
 
 @contextlib.contextmanager
@@ -123,18 +181,34 @@ def reading(path):
     try:
         yield
     except Exception as error:  # noqa: BLE001
-        mend = "if it is damaged, put a good copy in its place (a released model: delete it, the next run fetches it)"
-        raise ValueError(f"cannot read {path} ({type(error).__name__}: {error}); {mend}") from None
+        raise ValueError(f"cannot read {path} ({type(error).__name__}: {error}); {MEND}") from None
 
 
-def load_hparams(model_dir):
+def sha256_of(path):
+    """The SHA-256 of a file, which is mapped and not read into memory."""
+    return hashlib.sha256(np.memmap(path, np.uint8, "r") if path.stat().st_size else b"").hexdigest()
+
+
+def load_hparams(path):
     """hparams.json: n_vocab, n_ctx, n_embd, n_head and n_layer. Raises ValueError."""
-    with reading(model_dir / "hparams.json"):
-        hparams = json.loads((model_dir / "hparams.json").read_bytes())
-        sizes = [hparams[key] for key in ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")]
+    with reading(path):
+        hparams = json.loads(path.read_bytes())
+        sizes = [hparams[key] for key in HPARAMS["2M"]]
         if not all(type(size) is int and 0 < size < 10**6 for size in sizes) or hparams["n_embd"] % hparams["n_head"]:
             raise ValueError(f"{hparams} makes no sense")
     return hparams
+
+
+def check_known(path, name, model_size):
+    """Raise ValueError if this is not the file of that name in a model whose files we know."""
+    sha256 = SHA256.get(f"{model_size}/{name}") or SHA256.get(name)
+    is_other = sha256 and sha256_of(path) != sha256
+    if name == DATA:
+        is_other = is_other or path.stat().st_size != data_size(HPARAMS[model_size])
+    if name == "hparams.json":
+        is_other = not HPARAMS[model_size].items() <= load_hparams(path).items()
+    if is_other:
+        raise ValueError(f"{path} is not that of {model_size}; {MEND}")
 
 
 def tensor_shapes(hparams):
@@ -149,46 +223,90 @@ def tensor_shapes(hparams):
     return {f"model/{name}": shapes[name] for name in sorted(shapes)}
 
 
-def read_through_tensorflow(tf_ckpt_path, hparams):
-    """Yield (name, tensor) for each tensor, verified by its checksum. Raises ValueError or ImportError."""
-    with contextlib.ExitStack() as at_end:
-        at_end.callback(os.dup2, os.dup(2), 2)  # puts standard error back
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # TensorFlow writes to standard error from C++
+def data_size(hparams):
+    """How many bytes the data file of a model has: four for each weight."""
+    return 4 * sum(math.prod(shape) for shape in tensor_shapes(hparams).values())
+
+
+def read_through_tensorflow(tf_ckpt_path, hparams, mapped):
+    """{name: tensor} of the tensors that are not as mapped; each is verified by its checksum. Raises ValueError."""
+    folder, prefix = os.path.split(os.path.abspath(tf_ckpt_path))
+    others = {}
+    with contextlib.ExitStack() as at_end, open(os.devnull, "w") as nowhere:
+        stderr = os.dup(2)
+        at_end.callback(os.close, stderr)
+        at_end.callback(os.dup2, stderr, 2)
+        os.dup2(nowhere.fileno(), 2)  # TensorFlow writes to standard error from C++
         try:
             import tensorflow as tf
-        except ImportError as error:
+
+            load_checkpoint = tf.train.load_checkpoint
+        except Exception as error:  # noqa: BLE001
             wheels = "it exists for 64-bit Linux with glibc, macOS on ARM and Windows on x86-64"
-            raise ImportError(f"the first run of a model needs tensorflow ({wheels}): {error}") from None
-        with reading(f"{tf_ckpt_path}.index or {DATA}"):
-            reader = tf.train.load_checkpoint(tf_ckpt_path)
+            reason = f"{type(error).__name__}: {error}"
+            raise ImportError(
+                f"to check a model other than 2M and 124M takes tensorflow ({wheels}): {reason}"
+            ) from None
+        at_end.callback(os.chdir, os.getcwd())
+        os.chdir(folder)  # in a path, TensorFlow takes [ for the beginning of a pattern
+        with reading(f"{tf_ckpt_path}.index or {DATA[10:]}"):
+            reader = load_checkpoint(prefix)
             found = reader.get_variable_to_shape_map()
             if f"model/h{hparams['n_layer']}/ln_1/b" in found:
                 raise ValueError("it has more layers than hparams.json says")
             for name, shape in tensor_shapes(hparams).items():
                 if found.get(name) not in ([*shape], [1, *shape]):  # the file may have an extra axis
                     raise ValueError(f"{name} has the shape {found.get(name)}, by hparams.json it is {[*shape]}")
-                yield name, reader.get_tensor(name).astype(np.float32, copy=False).reshape(shape)
+                tensor = reader.get_tensor(name).astype(np.float32, copy=False).reshape(shape)
+                if not np.array_equal(tensor, mapped.get(name)):
+                    others[name] = tensor
+    return others
+
+
+def check(files, tf_ckpt_path, hparams, mapped):
+    """Check the files of a model. Returns {name: tensor} of the tensors that are not as mapped. Raises ValueError."""
+    from encoder import get_encoder
+
+    data, folder = files[DATA], files[DATA].absolute().parent
+    print(f"checking {folder.name} …", file=sys.stderr, flush=True)
+    for size in "2M", "124M":
+        if mapped and data.stat().st_size == data_size(HPARAMS[size]) and sha256_of(data) == SHA256[f"{size}/{DATA}"]:
+            for name in files.keys() - {DATA}:
+                check_known(files[name], name, size)
+            return {}
+    if {"encoder.json", "vocab.bpe"} <= files.keys():
+        with reading(folder / "encoder.json or vocab.bpe"):
+            encoder = get_encoder(folder.name, folder.parent)
+            merged = {merge.replace(" ", "") for merge in encoder.bpe_ranks}
+            needed = {*encoder.byte_decoder, *merged, "<|endoftext|>"}
+            if sorted(encoder.decoder) != [*range(hparams["n_vocab"])] or not needed <= encoder.encoder.keys():
+                raise ValueError(f"they do not fit each other, or the {hparams['n_vocab']} tokens of hparams.json")
+    return read_through_tensorflow(tf_ckpt_path, hparams, mapped)
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """The weights, a nested dict of float32 arrays: params["blocks"][3]["attn"]["c_attn"]["w"].
 
-    They are mapped into memory and not read, which takes no time. The first run verifies them through TensorFlow and
-    notes the sizes and times of the files; later runs skip that. A checkpoint with more in it, or in another order, is
-    read through TensorFlow every time. Raises ValueError or OSError.
+    They are mapped into memory and not read, which takes no time. The first run checks all files of the model and notes
+    their sizes and times; later runs skip that. A checkpoint with more in it, or in another order, is read through
+    TensorFlow every time. Raises ValueError, OSError or ImportError.
     """
-    data, note = Path(tf_ckpt_path + DATA), Path(tf_ckpt_path + ".checked.json")
-    shapes, mapped, others = tensor_shapes(hparams), {}, {}
-    stats = [os.stat(path) for path in (data, tf_ckpt_path + ".index")]
-    checked = json.dumps([[(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats], [*shapes.items()]])
-    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
-    if stats[0].st_size == 4 * ends[-1]:
+    tf_ckpt_path = os.path.expanduser(tf_ckpt_path)
+    data, note, mapped, others = Path(tf_ckpt_path + DATA[10:]), Path(tf_ckpt_path + ".checked.json"), {}, {}
+    files = {name: data.parent / name for name in FILES[:3] if (data.parent / name).exists()}
+    files |= {"model.ckpt.index": Path(tf_ckpt_path + ".index"), DATA: data}
+    stats = {name: path.stat() for name, path in files.items()}
+    checked = json.dumps([{name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats.items()}, hparams])
+    shapes = tensor_shapes(hparams)
+    if stats[DATA].st_size == data_size(hparams):
+        ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
         floats = np.split(np.memmap(data, "<f4", "r").view(np.ndarray), ends[:-1])
         mapped = {name: part.reshape(shapes[name]) for name, part in zip(shapes, floats)}
-    if not note.exists() or note.read_bytes() != checked.encode():
-        print(f"checking {data.parent.name} …", file=sys.stderr, flush=True)
-        found = read_through_tensorflow(tf_ckpt_path, hparams)
-        others = {name: tensor for name, tensor in found if not np.array_equal(tensor, mapped.get(name))}
+    noted = b""
+    with contextlib.suppress(OSError):
+        noted = note.read_bytes()
+    if noted != checked.encode():
+        others = check(files, tf_ckpt_path, hparams, mapped)
         try:
             note.write_text("" if others else checked)  # "": the next run reads through TensorFlow again
         except OSError as error:
@@ -208,34 +326,41 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
     """The model in models_dir; a released one is downloaded first. Raises ValueError, OSError or ImportError."""
     from encoder import get_encoder
 
-    models_dir = Path(models_dir or Path(__file__).resolve().parent / "models")  # beside this file
+    models_dir = Path(os.path.expanduser(models_dir or Path(__file__).resolve().parent / "models"))  # beside this file
     model_dir = models_dir / model_size
     if model_size in RELEASED:
         download_gpt2_files(model_size, model_dir)
-    elif not (model_dir / "checkpoint").exists():
-        there = ", ".join(sorted(path.parent.name for path in models_dir.glob("*/checkpoint"))) or "none"
+    names, checkpoint = [path.stem for path in model_dir.glob("*.index")], model_dir / "checkpoint"
+    if checkpoint.exists():
+        with reading(checkpoint):  # its first line: model_checkpoint_path: "model.ckpt"
+            named = re.search('model_checkpoint_path: "(.*?)"', checkpoint.read_text("utf-8"))[1]
+            names = re.split(r"[/\\]", named)[-1:]  # it may be a path on another machine
+    if len(names) != 1:
+        there = ", ".join(sorted({path.parent.name for path in models_dir.glob("*/*.index")})) or "none"
         raise ValueError(f"no model {model_size!r} in {models_dir}; there: {there}; to fetch: {', '.join(RELEASED)}")
-    with reading(model_dir / "checkpoint"):  # its first line: model_checkpoint_path: "model.ckpt"
-        prefix = Path((model_dir / "checkpoint").read_text("utf-8").split('"')[1]).name
-    hparams = load_hparams(model_dir)
-    params = load_gpt2_params_from_tf_ckpt(str(model_dir / prefix), hparams)
-    with reading(model_dir / "encoder.json, vocab.bpe or hparams.json"):
+    hparams = load_hparams(model_dir / "hparams.json")
+    params = load_gpt2_params_from_tf_ckpt(str(model_dir / names[0]), hparams)
+    with reading(model_dir / "encoder.json or vocab.bpe"):
         encoder = get_encoder(model_size, models_dir)
-        if len(encoder.encoder) != hparams["n_vocab"]:
-            raise ValueError(f"{len(encoder.encoder)} tokens, by hparams.json it should be {hparams['n_vocab']}")
     return encoder, hparams, params
 
 
 # ---- Run ------------------------------------------------------------------------------------------------------------
 
 
-def check_options(**options):
-    """Convert options to numbers; None stays None. Raises ValueError if one is out of range."""
+def check_options(model_size=None, **options):
+    """Convert options to numbers; None stays None. If they ask for sampling, there is a seed afterwards.
+
+    Raises ValueError if one is out of range, TypeError if there is no such option.
+    """
+    longest = HPARAMS[model_size]["n_ctx"] - 1 if model_size in RELEASED else 10**9
     ranges = {  # name: (type, lowest, highest)
-        "n_tokens_to_generate": (int, 1, 10**9), "batch_size": (int, 1, 10**9), "seed": (int, 0, 10**20),
+        "n_tokens_to_generate": (int, 1, longest), "batch_size": (int, 1, 10**9), "seed": (int, 0, 10**20),
         "temperature": (float, 0, 10**9), "top_k": (int, 0, 10**9), "top_p": (float, 1e-9, 1),
     }  # fmt: skip
     for name, value in options.items():
+        if name not in ranges:
+            raise TypeError(f"there is no option {name!r}; there are: {', '.join(ranges)}")
         (kind, low, high), number = ranges[name], math.nan  # nan is in no range
         if value is not None:
             with contextlib.suppress(ValueError):
@@ -244,17 +369,58 @@ def check_options(**options):
                 what = "a whole number" if kind is int else "a number"
                 raise ValueError(f"{name} must be {what} from {low} to {high}, not {value!r}")
             options[name] = number
+    if "seed" in options:
+        asked = {options.get(name) for name in ("seed", "temperature", "top_k", "top_p")} - {None}
+        if not asked or options.get("temperature") == 0:
+            options["seed"] = None
+        elif options["seed"] is None:
+            options["seed"] = int.from_bytes(os.urandom(4), "big")
     return options
 
 
-def read_prompts(lines):
-    """Yield each of the lines, which are bytes, as text without its end. Raises ValueError for one not in UTF-8."""
-    for number, data in enumerate(lines, 1):
+def read_prompts(path, whole=False):
+    """The lines of a text file ("-": standard input), or all of it as one. Raises ValueError or OSError.
+
+    Bytes that are not UTF-8 become lone surrogates, which the tokenizer refuses.
+    """
+    file = open(
+        0 if path == "-" else os.path.expanduser(path), encoding="utf-8-sig", errors="surrogateescape", newline="\n"
+    )
+
+    def without_end(line):
+        if line.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+            raise ValueError(f"{path} is UTF-16 text; save it as UTF-8")
+        return line.removesuffix("\n").removesuffix("\r")
+
+    lines = map(without_end, [file.read()] if whole else file)
+    return list(lines) if whole or os.path.isfile(path) else lines
+
+
+def answer_lines(lines, batch_size, complete):
+    """Print {"prompt": ..., "text": ...} for each line, or "error" in place of "text" (an error at the end, too)."""
+    from tqdm import tqdm
+
+    def answers(batch, first_row):
         try:
-            text = data.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"prompt {number} is not UTF-8 text: {error}") from None
-        yield text.removesuffix("\n").removesuffix("\r")
+            return [{"text": "".join(pieces)} for pieces in complete(batch, first_row=first_row)]
+        except ValueError as error:
+            if len(batch) == 1:
+                fault = f"prompt {first_row + 1} is not UTF-8 text" if isinstance(error, UnicodeError) else str(error)
+                return [{"error": fault}]
+        half = len(batch) // 2  # until the bad one is alone
+        return answers(batch[:half], first_row) + answers(batch[half:], first_row + half)
+
+    n_prompts, n_errors = len(lines) if isinstance(lines, list) else None, 0
+    lines = iter(lines)
+    with tqdm(total=n_prompts, unit=" prompts", disable=sys.stdout.isatty() or None) as bar:  # None: if no terminal
+        while batch := list(itertools.islice(lines, batch_size)):
+            for line, answer in zip(batch, answers(batch, bar.n)):
+                line = line.encode(errors="surrogateescape").decode(errors="replace")
+                print(json.dumps({"prompt": line, **answer}), flush=True)
+                n_errors += "error" in answer
+                bar.update()
+    if n_errors:
+        raise ValueError(f"{n_errors} prompts have no text; their lines say why")
 
 
 def ask(answer):
@@ -272,33 +438,61 @@ def ask(answer):
             print(f"error: {error}" if str(error) else "", file=sys.stderr)
 
 
-def run(function):
-    """Run a function as a command: fire parses the arguments, which reach it as typed; mistakes end in one line."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the command by the signal, so a shell loop ends with it
-    calls = []
+def parse(function):
+    """(args, options) that the command line has for a function. fire finds them, each a text, exactly as typed."""
+    from fire import Fire, core, helptext, parser, trace
+
+    flags = list(itertools.takewhile(lambda argument: argument != "--", sys.argv[1:]))
+    needs_help = not {"-h", "--help"}.isdisjoint(flags)
+    # NUL, which nobody can type, marks what fire would not take for an argument: "-", and all that follows "--".
+    arguments = ["\0-" if argument == "-" else argument for argument in flags]
+    arguments += [f"\0{argument}" for argument in sys.argv[len(flags) + 2 :]]
+    calls, said, default_parse = [], io.StringIO(), parser.DefaultParseValue
     # fire calls a function before it sees an unknown flag, so what it calls is a stand-in
     stand_in = functools.wraps(function)(lambda *args, **options: calls.append((args, options)))
+    parser.DefaultParseValue = lambda text: text.lstrip("\0")  # no "1,2" that becomes a tuple
     try:
-        from fire import Fire, parser
+        with contextlib.redirect_stderr(said):
+            Fire(stand_in, ["--", "--help"] if needs_help else arguments)
+    except core.FireExit as result:
+        if needs_help:
+            print(said.getvalue(), end="")  # on standard output, where a pager can take it
+        else:
+            fault = result.trace.elements[-1].ErrorAsStr().replace("\0", "")
+            usage = helptext.UsageText(stand_in, trace.FireTrace(stand_in, name=os.path.basename(sys.argv[0])))
+            print(f"ERROR: {fault}\n{usage}", file=sys.stderr)
+        raise
+    finally:
+        parser.DefaultParseValue = default_parse
+    for flag, value in zip(flags, [*flags[1:], "--"]):
+        if re.fullmatch("--?[A-Za-z][A-Za-z_-]*", flag) and re.match("-[A-Za-z-]", value):
+            raise ValueError(f"{flag} needs a value")  # fire made it "True"
+    if sum(re.match("--?prompt(=|$)", flag) is not None for flag in flags) > 1:
+        raise ValueError("give --prompt once; further prompts need no flag")
+    return calls[0]
 
-        parser.DefaultParseValue = str  # no "1,2" that becomes a tuple
-        # What follows "--" is for fire itself. For fire a lone "-" ends the arguments, but it may be a prompt. So its
-        # place is given to --help, which cannot be among the arguments here.
-        arguments = [*sys.argv[1:], "--", "--separator=--help"]
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            arguments, sys.stderr = ["--", "--help"], sys.stdout  # where a pager can take it
-        Fire(stand_in, arguments)
-        [(args, options)] = calls
-        for flag, value in itertools.pairwise(arguments):
-            if re.fullmatch("-[a-z]|--[a-z_-]+", flag) and re.match("-[a-z-]", value):
-                raise ValueError(f"{flag} needs a value")  # fire made it "True"
+
+def run(function):
+    """Run a function as a command: fire parses the arguments; mistakes end in one line."""
+    is_process = sys.stdout is sys.__stdout__ and not hasattr(sys, "ps1")  # else it is run in IPython or a notebook
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:  # it was closed: 2>&-
+            setattr(sys, name, open(os.devnull, mode))
+    if is_process:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it by the signal, so a shell loop around it ends
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
-        result = function(*args, **options)
+    try:
+        args, options = parse(function)
+        with np.errstate(all="ignore"):  # NaN is found in the logits
+            result = function(*args, **options)
         if result is not None:
             print(result)
         sys.stdout.flush()
-        gc.freeze()  # Python need not look for garbage when it ends: 40 ms
+        if is_process:
+            gc.freeze()  # Python need not look for garbage when it ends: 40 ms
     except (ImportError, MemoryError, OSError, ValueError) as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop unwritten text; 141 is 128 + SIGPIPE
+        if is_process:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop unwritten text
+        fault = "not UTF-8 text" if isinstance(error, UnicodeError) else " ".join(str(error).split()) or repr(error)
         hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
-        sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {' '.join(str(error).split())}{hint}")
+        sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {fault}{hint}")  # 141 is 128 + SIGPIPE

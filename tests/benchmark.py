@@ -122,7 +122,7 @@ def serve(engine, folder, prompt=None):
 def prepare(size, engines):
     """The folder of the model to measure. What is missing is written, in each format that the engines need."""
     models, sizes = ROOT / "models", dict(zip(["n_embd", "n_head", "n_layer"], SHAPES[size]))
-    folder = models / (size if (models / size / f"model.ckpt{utils.DATA}").exists() else f"benchmark-{size}")
+    folder = models / (size if (models / size / utils.DATA).exists() else f"benchmark-{size}")
     if not (folder / "encoder.json").exists():
         from conftest import random_tensors, write_checkpoint
 
@@ -136,7 +136,7 @@ def prepare(size, engines):
 
         model = GPT2LMHeadModel(GPT2Config(**sizes))
         tensors = [tensor for _, tensor in sorted(model.named_parameters())]  # the order they have in the file
-        floats = torch.from_numpy(np.fromfile(folder / f"model.ckpt{utils.DATA}", np.float32))
+        floats = torch.from_numpy(np.fromfile(folder / utils.DATA, np.float32))
         torch.nn.utils.vector_to_parameters(floats, tensors)
         model.save_pretrained(folder / "transformers")
         for name, theirs in ("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt"):  # CTranslate2's converter asks
