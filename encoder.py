@@ -10,25 +10,23 @@ paper. The file formats and the rule for words are those of src/encoder.py in ht
 """
 
 import codecs
-import functools
 import heapq
 import json
 import os
+from pathlib import Path
 
 import regex
 
-# A word keeps the one space before it. Endings such as 's and 'll are words of their own, and so is each run of
-# letters, digits, other signs or white space. Of several blanks before a word the last is split off: if it is a
-# space, it joins the word.
+# A word is an ending such as 's or 'll, or a run of letters, digits, other signs or white space. It takes the space
+# before it along: so of several blanks before a word, the last is split off from the others.
 WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
-@functools.cache
 def bytes_to_unicode():
     """The character that stands for each of the 256 bytes: {byte: character}.
 
-    vocab.bpe is a text file, each line a merge: two pieces with a space between. So a piece has no space or line end.
-    A printable byte (in Latin-1) stands for itself; the other 68 get characters from 256 on: "Ġ" (288) is the space.
+    In vocab.bpe a line is a merge, two pieces with a space between, so a piece can have no space or line end itself. A
+    byte that can be printed stands for itself (in Latin-1), the other 68 get characters from 256 on: "Ġ" is the space.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -68,8 +66,7 @@ class Encoder:
         after = [*range(1, len(pieces)), 0]  # in a ring: the right neighbour of pieces[i] is pieces[after[i]]
         before = [*range(-1, len(token))]  # and the left one pieces[before[i]]; -1 is the end piece
         ranks = enumerate(map(self.rank, pieces, pieces[1:]))
-        heap = [(rank, i) for i, rank in ranks if rank is not None]
-        heapq.heapify(heap)
+        heap = sorted((rank, i) for i, rank in ranks if rank is not None)  # a sorted list is a heap
         while heap:
             rank, i = heapq.heappop(heap)
             j = after[i]
@@ -96,10 +93,7 @@ class Encoder:
         return ids
 
     def encode(self, text):
-        """text -> list of ids; "<|endoftext|>" is plain text here. Raises ValueError for a word of megabytes.
-
-        A lone surrogate, which is no character, is a UnicodeEncodeError.
-        """
+        """text -> ids; "<|endoftext|>" is plain text. Raises ValueError for a word of megabytes or a lone surrogate."""
         return [id for word in WORDS.findall(text) for id in self.encode_word(word)]
 
     def decode_steps(self, ids):
@@ -116,9 +110,7 @@ class Encoder:
 
 def get_encoder(model_name, models_dir):
     """The Encoder of models_dir/model_name. Raises OSError or ValueError if its two files cannot be read."""
-    folder = os.path.join(os.path.expanduser(models_dir), model_name)
-    with open(os.path.join(folder, "encoder.json"), "rb") as f:
-        encoder = json.load(f)
-    with open(os.path.join(folder, "vocab.bpe"), encoding="utf-8") as f:
-        merges = f.read().split("\n")[1:-1]  # the first line is the version, and nothing follows the last line end
+    folder = Path(os.path.expanduser(models_dir)) / model_name
+    encoder = json.loads((folder / "encoder.json").read_bytes())
+    merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # the first line is the file's version
     return Encoder(encoder, merges)

@@ -5,26 +5,26 @@ https://github.com/openai/gpt-2. A token is a piece of text, about four letters;
 """
 
 import itertools
-import operator
 import sys
 from functools import partial
 
 if __name__ == "__main__":
-    from utils import run  # before NumPy: if that is missing, it says so in one line
+    from utils import run  # before NumPy: utils says it in one line if that is missing
 
 import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
 # From the ids of a text to what may come next:
-#   1. Each id becomes an embedding: n_embd numbers for what the token is, plus as many for where it stands. They are x,
-#      one row a token.
-#   2. x passes through n_layer blocks, or layers. In each, attention lets a token fetch from the tokens before it, then
-#      a feed-forward network works on each token alone. Both add what they find to x.
-#   3. Each row, normalised once more, is compared with all tokens' embeddings. That gives the logits: for each token of
-#      the vocabulary a score, higher if it is more likely to come next.
-# The weights (w, b, g, wte, wpe) were learned by predicting the next token in 40 GB of text, so no position may look
-# ahead: it would copy the answer. To train, add a loss, the mean of -log p of each next token, and step along its
-# gradient; JAX computes it with jax.numpy in place of np, since without a cache these are array functions only.
+#   1. Each id becomes an embedding, n_embd numbers for what the token is. To these, n_embd numbers for where it stands
+#      are added, as attention by itself takes no notice of order. The sums are the rows of x, one row a token.
+#   2. x passes through n_layer blocks, or layers. In each, attention brings a token what it needs from itself and the
+#      tokens before it, then a feed-forward network works on each token alone. Both add what they find to x.
+#   3. Each row, normalised once more, is compared with the embeddings of all tokens. That gives the logits: a score for
+#      each token of the vocabulary, higher if it is more likely to come next. A softmax turns them into probabilities.
+# The weights (w, b, g, wte, wpe) were learned by predicting the next token in 40 GB of text. No position may look
+# ahead, or it would copy the answer. To train, begin with small random weights, take as loss the mean of
+# -log(probability) of the tokens that do come next, and change all weights by small steps against its gradient, text
+# after text. JAX computes it with jax.numpy in place of np: without a cache, no function here changes its arguments.
 #
 # Shapes stand at the end of a line; "..." is nothing or a batch axis. OpenAI's 124M (million weights): n_vocab = 50257
 # tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 768 / 12 = 64.
@@ -50,107 +50,116 @@ def layer_norm(x, g, b, eps=1e-5):
 
 
 def linear(x, w, b):
-    """x times the weights w, plus the bias b."""
-    return x @ w + b  # [n_row, n_in] @ [n_in, n_out] + [n_out] -> [n_row, n_out]
+    """A linear layer: x times the weights w, plus the bias b."""
+    return x @ w + b  # [n_tokens, n_in] @ [n_in, n_out] + [n_out] -> [n_tokens, n_out]
 
 
 def ffn(x, c_fc, c_proj):
-    """The feed-forward network, for each row alone. c_fc: fully connected layer; c_proj: projection, back to n_embd.
+    """The feed-forward network: a linear layer c_fc (fully connected), a bend, and c_proj, a projection back to n_embd.
 
-    Without the bend of gelu between them, the two linear layers could be multiplied out to a single one.
+    Without the bend the two could be multiplied out to one. The c_ is for convolution, OpenAI's name for such layers.
     """
-    return linear(gelu(linear(x, **c_fc)), **c_proj)  # [n_row, n_embd] -> [n_row, 4 * n_embd] -> [n_row, n_embd]
+    return linear(gelu(linear(x, **c_fc)), **c_proj)  # [n_tokens, n_embd] -> [n_tokens, 4 * n_embd] -> as before
 
 
 def attention(q, k, v, mask):
-    """Let each position fetch from others ("Attention Is All You Need", Vaswani et al., 2017, section 3.2.1).
+    """Let each position take values from others ("Attention Is All You Need", Vaswani et al., 2017, section 3.2.1).
 
     Each has a query q (what it looks for), a key k (what it can be found by) and a value v (what it tells). The better
     a query matches a key, the more of that key's value it takes. The mask is 0 where it may look, and -inf where not.
     """
-    q = q / q.shape[-1] ** 0.5  # dot products grow with sqrt(d_head); undivided, one key would get all the weight
+    # Scores of random queries and keys, with numbers about 1 or -1, are about sqrt(d_head) or -sqrt(d_head). Divide by
+    # that, or the softmax, which magnifies differences, gives nearly all the weight to one key and blends nothing.
+    q = q / q.shape[-1] ** 0.5
     scores = q @ k.swapaxes(-1, -2)  # [..., n_query, d_head] @ [..., d_head, n_key] -> [..., n_query, n_key]
     scores += mask
     return softmax(scores) @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
 
 
 def mha(x, c_attn, c_proj, n_head, positions=None, remember=None):
-    """Multi-head attention: n_head heads, each attention on its own slice of d_head numbers of every q, k and v.
+    """Multi-head attention: n_head times attention, each head on its own slice of d_head numbers of every q, k and v.
 
-    One head gives one blend of values; several let a token fetch different things from different places at once.
-    positions [..., n_seq] says which rows of x are a sequence; without it, all of them are one.
+    One head takes one blend of values; several let a token fetch different things from different places at once.
+    x has the tokens of all sequences, one below the other. positions [..., n_seq] says where each stands in its own.
     """
-    positions = np.arange(len(x)) if positions is None else positions
-    qkv = linear(x, **c_attn).reshape(*positions.shape, 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
+    positions = np.arange(len(x)) if positions is None else positions  # None: x is one sequence
+    qkv = linear(x, **c_attn)  # attention's q, k and v for all heads in one product: [n_tokens, 3 * n_embd]
+    qkv = qkv.reshape(*positions.shape, 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
-    if remember:  # only to generate faster: puts k and v behind those of the positions before
+    if remember:  # with a cache this is extend() below: it keeps k and v, and returns those of all positions so far
         k, v = remember(positions, k, v)  # 2 times [..., n_head, n_key, d_head]
     # The one rule: a query at position p sees the keys at positions <= p.
     query_positions = np.expand_dims(positions, (-3, -1))  # [..., 1, n_seq, 1]; the first 1 is for all heads
     key_positions = np.arange(k.shape[-2])  # [n_key]
     mask = np.where(key_positions <= query_positions, np.float32(0), np.float32(-np.inf))  # [..., 1, n_seq, n_key]
     heads = attention(q, k, v, mask).swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
-    return linear(heads.reshape(x.shape), **c_proj)  # mix what the heads have found: [n_row, n_embd]
+    return linear(heads.reshape(x.shape), **c_proj)  # side by side again, then mixed: [n_tokens, n_embd]
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, remember=None):
     """Attention moves information between tokens, then ffn (mlp: multilayer perceptron) works on it.
 
-    Both add to x instead of replacing it: nothing found before is lost, and a block need only learn what to add. What
-    they read is normalised first, since x grows from block to block; x itself passes through unchanged.
+    Both add to x instead of replacing it: nothing found before is lost, and a block need only learn what to add. They
+    read x normalised, since it grows from block to block, but weights fit numbers of one size. x itself stays.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, positions=positions, remember=remember)
-    return x + ffn(layer_norm(x, **ln_2), **mlp)  # [n_row, n_embd]
+    return x + ffn(layer_norm(x, **ln_2), **mlp)  # [n_tokens, n_embd]
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
-    wte, wpe: word token and word position embeddings. blocks[3]["mlp"]["c_fc"]: weights of block 3. ln_f: final norm.
-    With a cache (below), only the last position of each row gets logits: ids [n_batch, n_seq] -> [n_batch, n_vocab].
+    wte, wpe: word token and word position embeddings. blocks[3]["mlp"]["c_fc"]: {"w", "b"} of block 3. ln_f: the final
+    layer_norm. With a cache (below) only the last token of each sequence gets logits: [n_batch, n_vocab].
     """
     inputs = np.asarray(inputs)
     if positions is None:
         positions = np.broadcast_to(np.arange(inputs.shape[-1]), inputs.shape)
-    x = wte[inputs] + wpe[positions]  # training finds both room in n_embd numbers, so that blocks can tell them apart
-    x = x.reshape(-1, x.shape[-1])  # from here on one row a token, whatever sequence it is of: [n_row, n_embd]
+    x = wte[inputs] + wpe[positions]  # training gives the two different directions, so blocks can tell them apart
+    x = x.reshape(-1, x.shape[-1])  # a matrix of the tokens of all sequences, one row each: [n_tokens, n_embd]
     for i, block in enumerate(blocks):
         remember = None if cache is None else partial(extend, cache[i])
         x = transformer_block(x, **block, n_head=n_head, positions=positions, remember=remember)
     x = layer_norm(x, **ln_f).reshape(*inputs.shape, -1)  # [..., n_seq, n_embd]
     if cache is not None:
-        x = x[:, -1]  # only the last position gives the next token; the other logits would be up to a third of the work
-    return x @ wte.T  # the matrix that reads tokens in also scores them: a token is likely where x resembles its row
+        x = x[:, -1]  # only the last one gives the next token; the other logits would be up to a third of the work
+    # The matrix that reads tokens in also scores them: a token is likely where x has come to resemble its embedding.
+    return x @ wte.T  # a second matrix would be 39 million weights more
 
 
 # ---- The cache ------------------------------------------------------------------------------------------------------
-# You have now read all of GPT-2. To generate, one could run gpt2() on the whole text again for each new token. But a
-# position sees none after it, so its keys and values never change as the text grows. The KV cache keeps them, and a new
-# token costs one query instead of one for each token of the text. Queries are not kept: each is used just once, by its
-# own token. cache: [n_layer, 2 (keys, values), n_batch, n_head, n_positions, d_head]; for 124M 73,728 bytes a token.
+# You have now read all of GPT-2. To generate, one could run gpt2() on the whole text again for each new token. But no
+# position sees those after it, so its keys and values stay the same as the text grows. The KV cache keeps them, and a
+# new token costs one query instead of one for each token of the text. Queries are not kept: only a token's own step
+# needs its query. cache: [n_layer, 2 (keys, values), n_batch, n_head, n_positions, d_head], where n_positions is the
+# longest prompt with its new tokens. For 124M a position of a prompt is 12 * 2 * 768 numbers, 73,728 bytes.
 
 
 def extend(layer_cache, positions, k, v):
-    """Write the k and v of some positions into the cache of one layer; return all keys and all values up to the last.
+    """Write the k and v of new positions into the cache of one layer. Returns all keys and all values so far.
 
-    positions [n_batch, n_seq] may differ from row to row of the batch; k and v: [n_batch, n_head, n_seq, d_head].
+    positions [n_batch, n_seq] may differ from sequence to sequence; k and v: [n_batch, n_head, n_seq, d_head].
     """
-    for row, at in enumerate(positions):
-        layer_cache[:, row, :, at[0] : at[-1] + 1] = k[row], v[row]
-    return layer_cache[:, :, :, : positions.max() + 1]  # up to the longest row: [2, n_batch, n_head, n_key, d_head]
+    for i, at in enumerate(positions):
+        layer_cache[:, i, :, at[0] : at[-1] + 1] = k[i], v[i]
+    return layer_cache[:, :, :, : positions.max() + 1]  # up to the longest: [2, n_batch, n_head, n_key, d_head]
 
 
 def prefill(prompts, model):
     """Run the prompts through the model, which fills its cache. Returns the logits after each: [n_batch, n_vocab].
 
-    Short prompts are padded on the right. A pad stands after all tokens of its row, so none of them sees it, and each
-    new token overwrites one in the cache. A call takes about 256 tokens, to bound the memory. The last call takes the
-    last n_last tokens of each row, wherever that ends, and gives the logits. Prompts of 3 and 600 tokens: positions
-    0-127, 128-255 ... 512-596 of both rows, then 0-2 (again) of the one and 597-599 of the other.
+    model: all arguments of gpt2() but inputs and positions. Short prompts are padded on the right. A pad stands after
+    all tokens of its prompt, so none of them sees it. New tokens overwrite the pads in the cache one by one, and pads
+    behind the last new token are never seen at all.
+
+    A call takes about 256 tokens, to bound the memory. It returns logits for its last column only, which for a short
+    prompt is a pad. So first come all columns but the last n_last, then one call with each prompt's own last n_last
+    tokens, some of them a second time. For prompts of 3 and 600 tokens: four calls on [2, 128] ids, one on [2, 85], and
+    the last on [2, 3], at positions 0-2 and 597-599.
     """
     n_batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts])
     longest, at_once = lengths.max(), max(1, 256 // n_batch)
-    n_last = min(at_once, lengths.min())  # 1 would do; as many as all rows have can save a call
+    n_last = min(at_once, lengths.min())  # 1 would do; but so prompts that are equally long and short take one call
     padded = np.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # [n_batch, longest]
     for first in range(0, longest - n_last, at_once):
         positions = np.tile(np.arange(first, min(first + at_once, longest - n_last)), (n_batch, 1))  # [n_batch, n_seq]
@@ -181,42 +190,36 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     if top_p and top_p < 1:
         falling = np.sort(probs)[..., ::-1]  # [..., n_vocab]
         sum_before = falling.cumsum(-1) - falling  # of the more probable tokens
-        least = np.where(sum_before < top_p, falling, 1).min(-1, keepdims=True)  # of the last token that is needed
+        n_needed = (sum_before < top_p).sum(-1, keepdims=True)
+        least = np.take_along_axis(falling, n_needed - 1, -1)  # of the last token that is needed: [..., 1]
         probs = np.where(probs < least, 0, probs)
         probs /= probs.sum(-1, keepdims=True)
     return probs
 
 
 def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, stop_id=None, seed=None, **sampling):
-    """Yield the next id of every prompt, [n_batch], step by step. Ends once all had stop_id. Raises ValueError.
+    """Yield the next id of every prompt, [n_batch], step by step, until all have had stop_id. Raises ValueError.
 
-    sampling: temperature, top_k and top_p. Greedy (the highest logit) if temperature is 0, or if neither one of these
-    nor a seed is given. Else each row draws with a generator made from the seed and its place among all prompts,
-    counted from first_row. So a text does not depend on the batch size, except that a larger matrix product adds in
-    another order: the logits then differ in the last digits, and that can tip a close choice.
+    sampling: temperature, top_k and top_p. Without any of these or a seed, or at temperature 0, the highest logit wins
+    (greedy). Else each prompt draws by itself, with a generator made from seed (a random one if there is none) and its
+    place among all prompts (first_row for the first). So its text does not depend on the batch size, but for one thing:
+    larger matrix products add in another order, so logits differ in their last digits, and that can tip a close choice.
     """
-    from utils import check_options
+    from utils import check_options, check_prompts
 
     if n_tokens_to_generate == 0:
-        return
+        return  # the command wants at least 1, so the check below does, too
     sampling = check_options(n_tokens_to_generate=n_tokens_to_generate, seed=seed, **sampling)
-    n_new, seed = sampling.pop("n_tokens_to_generate"), sampling.pop("seed")  # seed: None if greedy
-    prompts = [[operator.index(id) for id in prompt] for prompt in prompts]  # from integers of any kind
+    n_new, seed = sampling.pop("n_tokens_to_generate"), sampling.pop("seed")  # check_options makes it None if greedy
     (n_vocab, n_embd), n_ctx, n_batch = params["wte"].shape, len(params["wpe"]), len(prompts)
-    for number, prompt in enumerate(prompts, first_row + 1):
-        wrong = [id for id in prompt if not 0 <= id < n_vocab]
-        if wrong:
-            raise ValueError(f"prompt {number} has the id {wrong[0]}, but ids go from 0 to {n_vocab - 1}")
-        if not 1 <= len(prompt) <= n_ctx - n_new:
-            limit = f"at most {n_ctx} together, the context length (and at least 1 in a prompt)"
-            raise ValueError(f"prompt {number} has {len(prompt)} tokens and {n_new} are to be generated: {limit}")
+    prompts = check_prompts(prompts, first_row + 1, n_new, n_vocab, n_ctx)  # lists of ids
     cache_shape = len(params["blocks"]), 2, n_batch, n_head, max(map(len, prompts)) + n_new, n_embd // n_head
     model = {**params, "n_head": n_head, "cache": np.zeros(cache_shape, np.float32)}
     if seed is not None:
-        generators = [np.random.default_rng([first_row + row, seed]) for row in range(n_batch)]
+        generators = [np.random.default_rng([first_row + i, seed]) for i in range(n_batch)]
 
     logits = prefill(prompts, model)  # [n_batch, n_vocab]
-    positions = np.array([[len(prompt)] for prompt in prompts])  # of the token to come in each row: [n_batch, 1]
+    positions = np.array([[len(prompt)] for prompt in prompts])  # of the next token of each: [n_batch, 1]
     ended = np.zeros(n_batch, bool)
     for n_left in reversed(range(n_new)):
         if not np.isfinite(logits.max(-1)).all():
@@ -224,13 +227,13 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
         if seed is None:
             ids = logits.argmax(-1)  # [n_batch]
         else:
-            probs = sample_probs(logits, **sampling)
-            ids = np.array([generator.choice(n_vocab, p=row) for generator, row in zip(generators, probs)])
+            probs = sample_probs(logits, **sampling)  # [n_batch, n_vocab]
+            ids = np.array([generator.choice(n_vocab, p=p) for generator, p in zip(generators, probs)])
         yield ids
         ended |= ids == stop_id
-        if n_left == 0 or ended.all():  # until then ended rows are still computed; ignore their further ids
+        if n_left == 0 or ended.all():  # until all have ended, those that have are still computed; ignore their ids
             return
-        logits = gpt2(ids[:, None], **model, positions=positions)  # decode: one query a row
+        logits = gpt2(ids[:, None], **model, positions=positions)  # decode: one query each
         positions = positions + 1
 
 
@@ -246,30 +249,27 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
-def complete(prompts, model, batch_size, first_row=0, **options):
+def complete(prompts, loaded, batch_size, first_row=0, **options):
     """Yield each prompt's text as an iterator of pieces, batch by batch."""
-    encoder, hparams, params = model
+    encoder, hparams, params = loaded
     end = encoder.encoder["<|endoftext|>"]  # stands between texts, so it also begins one
     for first in range(0, len(prompts), batch_size):
         batch = [encoder.encode(prompt) or [end] for prompt in prompts[first : first + batch_size]]
         steps = generate_steps(batch, params, hparams["n_head"], first_row=first_row + first, stop_id=end, **options)
-        if len(batch) == 1:
-            rows = [(id for [id] in steps)]  # one by one, so that a text can be shown while it is generated
-        else:
-            rows = np.transpose(list(steps)).tolist()  # [n_batch, n_steps]
+        # Of a single prompt, each id is handed on as soon as it is there, to be shown. Otherwise: [n_batch, n_steps].
+        rows = [(id for [id] in steps)] if len(batch) == 1 else np.transpose(list(steps)).tolist()
         for row in rows:
             yield encoder.decode_steps(itertools.takewhile(lambda id: id != end, row))
 
 
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None, batch_size=32, **sampling):
-    """For Python: the text that follows a prompt; for a list of prompts a list. Raises ValueError or OSError."""
+    """For Python: returns the text after a prompt, or a list for a list of prompts. (cli prints, token by token.)"""
     from utils import check_options, load_encoder_hparams_and_params
 
-    options = {"n_tokens_to_generate": n_tokens_to_generate, "batch_size": batch_size, **sampling}
-    options = check_options(model_size, **options)
-    model = load_encoder_hparams_and_params(model_size, models_dir)
+    options = check_options(model_size, n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size, **sampling)
+    loaded = load_encoder_hparams_and_params(model_size, models_dir)
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    texts = ["".join(pieces) for pieces in complete(prompts, model, **options)]
+    texts = ["".join(pieces) for pieces in complete(prompts, loaded, **options)]
     return texts[0] if isinstance(prompt, str) else texts
 
 
@@ -303,34 +303,20 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
         seed: a whole number; the same one gives the same text again
         batch_size: how many prompts to work on together
     """
-    from utils import answer_lines, ask, check_options, load_encoder_hparams_and_params, read_prompts
+    from utils import ask, check_options, load_encoder_hparams_and_params, read_prompts, show, write_json_lines
 
     options = {"n_tokens_to_generate": n_tokens_to_generate, "batch_size": batch_size, "temperature": temperature}
     options = check_options(model_size, **options, top_k=top_k, top_p=top_p, seed=seed)
-    prompts = list(prompts) if prompt is None else [*prompts, prompt]
-    if prompts and prompts_file is not None:
-        raise ValueError("give prompts or --prompts_file, not both")
-    if prompts_file is None and not prompts and not sys.stdin.isatty():
-        prompts = ["\n".join(read_prompts("-"))]
-    lines = None if prompts_file is None else read_prompts(prompts_file)
+    prompts = read_prompts(prompts, prompt, prompts_file)
     if seed is None and options["seed"] is not None and sys.stderr.isatty():
-        print(f"--seed {options['seed']}", file=sys.stderr)  # the same text can be had again
-    texts = partial(complete, model=load_encoder_hparams_and_params(model_size, models_dir), **options)
-
-    def show(prompts, first_row=0):
-        for given, pieces in zip(prompts, texts(prompts, first_row=first_row)):
-            if len(prompts) > 1:
-                print(f"> {given}")
-            for piece in pieces:
-                print(piece, end="", flush=True)
-            print(flush=True)
-
-    if lines is not None:
-        answer_lines(lines, options["batch_size"], texts)
+        print(f"--seed {options['seed']}", file=sys.stderr)  # with it the text can be had again
+    texts = partial(complete, loaded=load_encoder_hparams_and_params(model_size, models_dir), **options)
+    if prompts_file is not None:
+        write_json_lines(prompts, options["batch_size"], texts)
     elif prompts:
-        show(prompts)
+        show(prompts, texts)
     else:
-        ask(show)  # each line typed gets a random generator of its own
+        ask(texts)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
 # fmt: off
 """gpt2.py without the words: GPT-2 with a KV cache, for prompts of any lengths, in as few lines as we dared."""
-import numpy as np  # noqa: I001
-
-import utils
+import utils  # noqa: I001
+import numpy as np
 
 def gelu(x): return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * (x * x * x))))
 def softmax(x): return (exp_x := np.exp(x - x.max(-1, keepdims=True))) / exp_x.sum(-1, keepdims=True)
 def linear(x, w, b): return x @ w + b
 def ffn(x, c_fc, c_proj): return linear(gelu(linear(x, **c_fc)), **c_proj)
+def attention(q, k, v, mask): return softmax(q / q.shape[-1] ** 0.5 @ k.swapaxes(-1, -2) + mask) @ v
 
 def layer_norm(x, g, b, eps=1e-5):
     x = x - x.mean(-1, keepdims=True)
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * g + b
-
-def attention(q, k, v, mask): return softmax(q / q.shape[-1] ** 0.5 @ k.swapaxes(-1, -2) + mask) @ v
 
 def mha(x, c_attn, c_proj, n_head, positions=None, cache=None):
     positions = np.arange(len(x)) if positions is None else positions
@@ -22,9 +20,8 @@ def mha(x, c_attn, c_proj, n_head, positions=None, cache=None):
     if cache is not None:
         for row, at in enumerate(positions): cache[:, row, :, at[0] : at[-1] + 1] = k[row], v[row]
         k, v = cache[:, :, :, : positions.max() + 1]
-    is_past = np.arange(k.shape[-2]) <= np.expand_dims(positions, (-3, -1))
-    heads = attention(q, k, v, np.where(is_past, np.float32(0), np.float32(-np.inf)))
-    return linear(heads.swapaxes(-2, -3).reshape(x.shape), **c_proj)
+    mask = np.where(np.arange(k.shape[-2]) <= np.expand_dims(positions, (-3, -1)), np.float32(0), np.float32(-np.inf))
+    return linear(attention(q, k, v, mask).swapaxes(-2, -3).reshape(x.shape), **c_proj)
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, cache=None):
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, positions=positions, cache=cache)

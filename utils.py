@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import signal
@@ -25,7 +26,8 @@ except ImportError as error:
     sys.exit(f"error: {error}; pip install -r requirements.txt")
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # or what GPT2_MODELS_URL in the environment says
-DATA = "model.ckpt.data-00000-of-00001"
+SUFFIX = ".data-00000-of-00001"
+DATA = "model.ckpt" + SUFFIX
 FILES = ["encoder.json", "vocab.bpe", "hparams.json", "checkpoint", "model.ckpt.index", DATA]
 HPARAMS = {  # 2M comes with this repository, the others were released by OpenAI
     "2M": {"n_vocab": 2048, "n_ctx": 256, "n_embd": 144, "n_head": 4, "n_layer": 6},
@@ -201,12 +203,11 @@ def load_hparams(path):
 
 def check_known(path, name, model_size):
     """Raise ValueError if this is not the file of that name in a model whose files we know."""
-    sha256 = SHA256.get(f"{model_size}/{name}") or SHA256.get(name)
-    is_other = sha256 and sha256_of(path) != sha256
-    if name == DATA:
-        is_other = is_other or path.stat().st_size != data_size(HPARAMS[model_size])
     if name == "hparams.json":
         is_other = not HPARAMS[model_size].items() <= load_hparams(path).items()
+    else:
+        known = SHA256.get(f"{model_size}/{name}") or SHA256.get(name)
+        is_other = known is not None and sha256_of(path) != known
     if is_other:
         raise ValueError(f"{path} is not that of {model_size}; {MEND}")
 
@@ -242,14 +243,11 @@ def read_through_tensorflow(tf_ckpt_path, hparams, mapped):
 
             load_checkpoint = tf.train.load_checkpoint
         except Exception as error:  # noqa: BLE001
-            wheels = "it exists for 64-bit Linux with glibc, macOS on ARM and Windows on x86-64"
             reason = f"{type(error).__name__}: {error}"
-            raise ImportError(
-                f"to check a model other than 2M and 124M takes tensorflow ({wheels}): {reason}"
-            ) from None
+            raise ImportError(f"all models but 2M and 124M are checked by tensorflow, which fails ({reason})") from None
         at_end.callback(os.chdir, os.getcwd())
         os.chdir(folder)  # in a path, TensorFlow takes [ for the beginning of a pattern
-        with reading(f"{tf_ckpt_path}.index or {DATA[10:]}"):
+        with reading(f"{tf_ckpt_path}.index or {SUFFIX}"):
             reader = load_checkpoint(prefix)
             found = reader.get_variable_to_shape_map()
             if f"model/h{hparams['n_layer']}/ln_1/b" in found:
@@ -270,10 +268,11 @@ def check(files, tf_ckpt_path, hparams, mapped):
     data, folder = files[DATA], files[DATA].absolute().parent
     print(f"checking {folder.name} …", file=sys.stderr, flush=True)
     for size in "2M", "124M":
-        if mapped and data.stat().st_size == data_size(HPARAMS[size]) and sha256_of(data) == SHA256[f"{size}/{DATA}"]:
+        if size_of(data) == data_size(HPARAMS[size]) and sha256_of(data) == SHA256[f"{size}/{DATA}"]:
             for name in files.keys() - {DATA}:
                 check_known(files[name], name, size)
-            return {}
+            if mapped:
+                return {}
     if {"encoder.json", "vocab.bpe"} <= files.keys():
         with reading(folder / "encoder.json or vocab.bpe"):
             encoder = get_encoder(folder.name, folder.parent)
@@ -292,11 +291,12 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     TensorFlow every time. Raises ValueError, OSError or ImportError.
     """
     tf_ckpt_path = os.path.expanduser(tf_ckpt_path)
-    data, note, mapped, others = Path(tf_ckpt_path + DATA[10:]), Path(tf_ckpt_path + ".checked.json"), {}, {}
-    files = {name: data.parent / name for name in FILES[:3] if (data.parent / name).exists()}
+    data, note, mapped, others = Path(tf_ckpt_path + SUFFIX), Path(tf_ckpt_path + ".checked.json"), {}, {}
+    files = {name: data.parent / name for name in ("encoder.json", "vocab.bpe", "hparams.json")}
+    files = {name: path for name, path in files.items() if path.exists()}
     files |= {"model.ckpt.index": Path(tf_ckpt_path + ".index"), DATA: data}
     stats = {name: path.stat() for name, path in files.items()}
-    checked = json.dumps([{name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in stats.items()}, hparams])
+    checked = json.dumps([[[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in stats.values()], hparams])
     shapes = tensor_shapes(hparams)
     if stats[DATA].st_size == data_size(hparams):
         ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
@@ -378,64 +378,103 @@ def check_options(model_size=None, **options):
     return options
 
 
-def read_prompts(path, whole=False):
-    """The lines of a text file ("-": standard input), or all of it as one. Raises ValueError or OSError.
+def check_prompts(prompts, first_number, n_tokens_to_generate, n_vocab, n_ctx):
+    """Convert prompts to lists of ids. Raises ValueError for one that is too long, empty or has an unknown id."""
+    prompts = [[operator.index(id) for id in prompt] for prompt in prompts]  # from integers of any type
+    for number, prompt in enumerate(prompts, first_number):
+        wrong = [id for id in prompt if not 0 <= id < n_vocab]
+        if wrong:
+            raise ValueError(f"prompt {number} has the id {wrong[0]}, but ids go from 0 to {n_vocab - 1}")
+        if not 1 <= len(prompt) <= n_ctx - n_tokens_to_generate:
+            counts = f"{len(prompt)} tokens and {n_tokens_to_generate} are to be generated"
+            limit = f"at most {n_ctx} together, the context length (and at least 1 in a prompt)"
+            raise ValueError(f"prompt {number} has {counts}: {limit}")
+    return prompts
+
+
+def read_prompts(prompts, prompt, prompts_file):
+    """The prompts of a command, or none if they are to be asked for. Raises ValueError or OSError.
 
     Bytes that are not UTF-8 become lone surrogates, which the tokenizer refuses.
     """
-    file = open(
-        0 if path == "-" else os.path.expanduser(path), encoding="utf-8-sig", errors="surrogateescape", newline="\n"
-    )
+    prompts = [*prompts] if prompt is None else [*prompts, prompt]
+    if prompts_file is None and (prompts or sys.stdin.isatty()):
+        return prompts
+    if prompts:
+        raise ValueError("give prompts or --prompts_file, not both")
+    path = 0 if prompts_file in (None, "-") else os.path.expanduser(prompts_file)  # 0: standard input
+    codec = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": "\n"}
+    file = open(path, **codec, closefd=path != 0)  # noqa: SIM115
 
-    def without_end(line):
-        if line.startswith(("\udcff\udcfe", "\udcfe\udcff")):
-            raise ValueError(f"{path} is UTF-16 text; save it as UTF-8")
-        return line.removesuffix("\n").removesuffix("\r")
+    lines = [file.read()] if prompts_file is None else file
+    lines = (line.removesuffix("\n").removesuffix("\r") for line in lines)
+    if prompts_file is None or os.path.isfile(path):
+        lines = list(lines)
+        if lines and lines[0].startswith(("\udcff\udcfe", "\udcfe\udcff")):  # a byte order mark
+            raise ValueError(f"{prompts_file or 'standard input'} is UTF-16 text, not UTF-8")
+    return lines
 
-    lines = map(without_end, [file.read()] if whole else file)
-    return list(lines) if whole or os.path.isfile(path) else lines
+
+def plain(error, text="the text"):
+    """What an error says, in one line."""
+    if isinstance(error, UnicodeError):
+        return f"{text} is not UTF-8"
+    return " ".join(str(error).split()) or repr(error)
 
 
-def answer_lines(lines, batch_size, complete):
-    """Print {"prompt": ..., "text": ...} for each line, or "error" in place of "text" (an error at the end, too)."""
+def show(prompts, texts, first_row=0):
+    """Print each text while it is generated; if there are several, each below its prompt."""
+    for prompt, pieces in zip(prompts, texts(prompts, first_row=first_row)):
+        if len(prompts) > 1:
+            print(f"> {prompt}")
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
+
+
+def write_json_lines(lines, batch_size, texts):
+    """Print {"prompt": ..., "text": ...} for each line, or "error" in place of "text"; then ValueError at the end."""
     from tqdm import tqdm
 
     def answers(batch, first_row):
         try:
-            return [{"text": "".join(pieces)} for pieces in complete(batch, first_row=first_row)]
+            return [{"text": "".join(pieces)} for pieces in texts(batch, first_row=first_row)]
         except ValueError as error:
             if len(batch) == 1:
-                fault = f"prompt {first_row + 1} is not UTF-8 text" if isinstance(error, UnicodeError) else str(error)
-                return [{"error": fault}]
-        half = len(batch) // 2  # until the bad one is alone
+                return [{"error": plain(error, f"prompt {first_row + 1}")}]
+        half = len(batch) // 2  # halve the batch until the bad line is alone
         return answers(batch[:half], first_row) + answers(batch[half:], first_row + half)
 
-    n_prompts, n_errors = len(lines) if isinstance(lines, list) else None, 0
-    lines = iter(lines)
-    with tqdm(total=n_prompts, unit=" prompts", disable=sys.stdout.isatty() or None) as bar:  # None: if no terminal
-        while batch := list(itertools.islice(lines, batch_size)):
-            for line, answer in zip(batch, answers(batch, bar.n)):
-                line = line.encode(errors="surrogateescape").decode(errors="replace")
-                print(json.dumps({"prompt": line, **answer}), flush=True)
-                n_errors += "error" in answer
-                bar.update()
+    n_lines = len(lines) if isinstance(lines, list) else None
+    lines, first_row, n_errors = iter(lines), 0, 0
+    bar = tqdm(total=n_lines, unit=" prompts", disable=sys.stdout.isatty() or None)  # None: if this is no terminal
+    while batch := list(itertools.islice(lines, batch_size)):
+        for line, answer in zip(batch, answers(batch, first_row)):
+            line = line.encode(errors="surrogateescape").decode(errors="replace")
+            print(json.dumps({"prompt": line, **answer}), flush=True)
+            bar.update()
+            n_errors += "error" in answer
+        first_row += len(batch)
+    bar.close()
     if n_errors:
         raise ValueError(f"{n_errors} prompts have no text; their lines say why")
 
 
-def ask(answer):
-    """Call answer([line], number) for each line typed, until Ctrl-D. Ctrl-C stops an answer or drops what is typed."""
+def ask(texts):
+    """Show the text after each line typed, until Ctrl-D. Ctrl-C stops a text or drops what is typed."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives input() line editing and a history)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print("Type the beginning of a text. Ctrl-C stops what follows, Ctrl-D ends.", file=sys.stderr)
-    for number in itertools.count():
+    for row in itertools.count():  # each line is a row of its own to the random generators
         try:
-            answer([input("> " if sys.stdout.isatty() else "")], number)  # only text goes to a file
+            show([input("> " if sys.stdout.isatty() else "")], texts, row)  # only text goes to a file
         except EOFError:
             return print(file=sys.stderr)
-        except (KeyboardInterrupt, ValueError) as error:
-            print(f"error: {error}" if str(error) else "", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except ValueError as error:
+            print(f"error: {plain(error)}", file=sys.stderr)
 
 
 def parse(function):
@@ -456,7 +495,7 @@ def parse(function):
             Fire(stand_in, ["--", "--help"] if needs_help else arguments)
     except core.FireExit as result:
         if needs_help:
-            print(said.getvalue(), end="")  # on standard output, where a pager can take it
+            print(said.getvalue(), end="", flush=True)  # on standard output, where a pager can take it
         else:
             fault = result.trace.elements[-1].ErrorAsStr().replace("\0", "")
             usage = helptext.UsageText(stand_in, trace.FireTrace(stand_in, name=os.path.basename(sys.argv[0])))
@@ -477,7 +516,7 @@ def run(function):
     is_process = sys.stdout is sys.__stdout__ and not hasattr(sys, "ps1")  # else it is run in IPython or a notebook
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, name) is None:  # it was closed: 2>&-
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if is_process:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it by the signal, so a shell loop around it ends
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
@@ -493,6 +532,5 @@ def run(function):
     except (ImportError, MemoryError, OSError, ValueError) as error:
         if is_process:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop unwritten text
-        fault = "not UTF-8 text" if isinstance(error, UnicodeError) else " ".join(str(error).split()) or repr(error)
         hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
-        sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {fault}{hint}")  # 141 is 128 + SIGPIPE
+        sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {plain(error)}{hint}")  # 141 is 128 + SIGPIPE

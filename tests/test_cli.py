@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,8 +25,8 @@ SMALL = ["--model_size", "2M"]
 SHORT = [*SMALL, "-n", "3"]
 NOWHERE = {"GPT2_MODELS_URL": "http://127.0.0.1:1"}  # nobody listens there
 
-# Two programs around the command: one shows each prompt as the tokenizer gets it, for several runs one after the other;
-# in the other each step waits until it may be taken.
+# Programs around the command. One shows each prompt as the tokenizer gets it, for several runs one after the other; in
+# another each step waits until it may be taken; the last does something before the command runs.
 SHOW_ENCODED = """
 import encoder, json, runpy, sys
 script, *runs = sys.argv[1:]
@@ -40,6 +41,12 @@ import gpt2, os, sys, utils
 plain, steps = gpt2.gpt2, int(sys.argv.pop())
 gpt2.gpt2 = lambda *args, **options: os.read(steps, 1) and plain(*args, **options)
 utils.run(gpt2.cli)
+"""
+BEFORE = """
+import runpy, sys
+del sys.argv[0]
+{}
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 AFTER_TEST = contextlib.ExitStack()
 
@@ -69,9 +76,13 @@ def finish(process):
 def read_until(fd, done, wait=30):
     """What can be read from a file descriptor until done(text), or until nothing comes any more."""
     text = b""
-    while not done(text.decode(errors="ignore")) and select.select([fd], [], [], wait)[0] and (byte := os.read(fd, 1)):
-        text += byte
-    return text.decode("utf-8")
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while not done(text.decode(errors="ignore")) and select.select([fd], [], [], wait)[0]:
+            byte = os.read(fd, 1)
+            if not byte:
+                break
+            text += byte
+    return text.decode(errors="replace")
 
 
 def pipe_of_steps():
@@ -87,7 +98,7 @@ def texts_of(prompts, **options):
 
 
 def json_lines(result):
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr, result.stdout.isascii()) == (0, "", True)
     return [json.loads(line) for line in result.stdout.split("\n")[:-1]]
 
 
@@ -109,16 +120,21 @@ AFTER_PROMPT = ["--with dashes", "--help", "-h", "-hello", "--", "", "-", "'sing
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_prompt_reaches_the_tokenizer_as_typed(script):
-    runs = [json.dumps([prompt, *SHORT]) for prompt in AS_TYPED]
-    runs += [json.dumps([f"--prompt={prompt}", *SHORT]) for prompt in AFTER_PROMPT]
-    out, err, returncode = finish(start(script, *runs, code=SHOW_ENCODED))
-    assert (returncode, [json.loads(line) for line in err.splitlines()]) == (0, AS_TYPED + AFTER_PROMPT)
-    assert out == "".join(text + "\n" for text in texts_of(AS_TYPED + AFTER_PROMPT))
+    """Alone, as the value of --prompt and after --; and then standard input is none."""
+    runs = [[prompt, *SHORT] for prompt in AS_TYPED] + [[f"--prompt={prompt}", *SHORT] for prompt in AFTER_PROMPT]
+    runs += [[*SHORT, "--", prompt] for prompt in AFTER_PROMPT] + [[*SHORT, "--prompt", "-", "--"]]
+    prompts = AS_TYPED + 2 * AFTER_PROMPT + ["-"]
+    with open(__file__) as no_prompt:
+        process = start(script, *map(json.dumps, runs), code=SHOW_ENCODED, stdin=no_prompt)
+    out, err, returncode = finish(process)
+    assert (returncode, [json.loads(line) for line in err.splitlines()]) == (0, prompts)
+    assert out == "".join(text + "\n" for text in texts_of(prompts))
 
 
 def test_several_prompts_and_a_flag_that_counts_as_it_is_given_last():
-    expected = "".join(f"> {prompt}\n{text}\n" for prompt, text in zip(AS_TYPED, texts_of(AS_TYPED)))
-    assert run(*AS_TYPED, "-n", "9", *SHORT).stdout == expected
+    prompts = [*AS_TYPED, *AFTER_PROMPT, "one more"]
+    expected = "".join(f"> {prompt}\n{text}\n" for prompt, text in zip(prompts, texts_of(prompts)))
+    assert run(*AS_TYPED, "-n", "9", *SHORT, "--prompt", "one more", "--", *AFTER_PROMPT).stdout == expected
 
 
 @pytest.mark.parametrize("content", ["O\n-\n", "\ufeffO\r\n1,2\r\n", "O\n\n \nO\n\n", "", " a\n é🙂\u2028\x0b \nO"])
@@ -141,19 +157,43 @@ def test_line_by_line():
     assert finish(process) == ("", "", 0)
 
 
-@pytest.mark.parametrize(("bad", "word"), [(b"long " * 300, "256"), (b"caf\xe9", "UTF-8")])
-def test_a_bad_line_is_named_and_what_was_done_before_is_out(tmp_path, bad, word):
-    (tmp_path / "prompts").write_bytes(b"Once\nO\nO\n" + bad + b"\nOnce\n")
-    result = run(*SHORT, "--prompts_file", tmp_path / "prompts", "--batch_size", "2")
-    assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()] == ["Once", "O"]
-    assert result.returncode == 1 and re.fullmatch(rf"error: (?=.*{word}).*\b4\b.*\n", result.stderr)
+BAD_LINES = {b"long " * 300: "256", b"caf\xe9": "UTF-8", b"\xff\xfeO": "UTF-8", b"a" * (2**21 + 1): "2.?097.?153"}
 
 
-@pytest.mark.parametrize("options", [{}, {"seed": 3}, {"top_p": 0.9, "seed": 3}], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_a_bad_line_is_told_in_its_place(tmp_path, batch_size):
+    """With its number; all others get their texts, and the run ends with how many are bad."""
+    lines = [b"Once", *BAD_LINES, b"O", b"", *BAD_LINES, b"There"]
+    (tmp_path / "prompts").write_bytes(b"\n".join(lines))
+    result = run(*SHORT, "--prompts_file", tmp_path / "prompts", "--batch_size", batch_size)
+    good = [line.decode() for line in lines if line not in BAD_LINES]
+    texts = iter(texts_of(good))
+    for number, (line, answer) in enumerate(zip(lines, result.stdout.splitlines(), strict=True), 1):
+        answer = json.loads(answer)
+        assert answer.pop("prompt") == line.decode(errors="replace")
+        if line in BAD_LINES:
+            assert [*answer] == ["error"] and re.search(rf"(?=.*\b{number}\b).*{BAD_LINES[line]}", answer["error"])
+        else:
+            assert answer == {"text": next(texts)}
+    assert result.returncode == 1 and re.fullmatch(r"error: .*\b8\b.*\n", result.stderr)
+
+
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(tmp_path, codec):
+    (tmp_path / "prompts").write_bytes("\ufeffOnce\nO\n".encode(codec))
+    assert "UTF-16" in error_of(run(*SHORT, "--prompts_file", tmp_path / "prompts"))
+    with open(tmp_path / "prompts") as file:
+        assert re.fullmatch("error: .*UTF-16.*\n", finish(start(*SHORT, stdin=file))[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": 0}, {"top_p": 0.9, "seed": 3}], ids=str)
 def test_results_do_not_depend_on_the_batch(options):
+    """Nor on a bad line among them."""
     prompts, flags = [golden["prompt"] for golden in GOLDEN] + ["", "Once", "Once"], [*SMALL, "--prompts_file=-"]
     flags += [f"--{name}={value}" for name, value in options.items()]
-    runs = [json_lines(run(*flags, f"--batch_size={n}", input="\n".join(prompts))) for n in (1, 4, 32)]
+    runs = [json_lines(run(*flags, f"--batch_size={n}", input="\n".join(prompts))) for n in (1, 4)]
+    bad = run(*flags, input="\n".join([*prompts[:3], "long " * 300, *prompts[4:]])).stdout.splitlines()
+    runs += [[*map(json.loads, bad[:3]), runs[0][3], *map(json.loads, bad[4:])]]
     assert [line["prompt"] for line in runs[0]] == prompts
     assert runs[0] == runs[1] == runs[2]
     assert (runs[0][-1]["text"] == runs[0][-2]["text"]) == (not options)  # sampled: one prompt twice, two texts
@@ -164,15 +204,27 @@ def test_standard_input_is_one_prompt(typed):
     assert run(*SHORT, input=typed).stdout == texts_of(re.sub(r"\r?\n\Z", "", typed)) + "\n"
 
 
-@pytest.mark.parametrize("args", [["--help"], ["a prompt", "--help"]], ids=" ".join)
-def test_help_tells_every_flag_and_its_meaning(args):
-    result = run(*args, env=NOWHERE)
-    assert result.returncode == 0
+@pytest.mark.parametrize("args", ["--help", "a prompt --help", "-h", "--seed -h"])
+def test_help(args):
+    """It tells every flag and its meaning, what is fetched, the context length, and whole words in 80 columns."""
+    result = run(*args.split(), env={**NOWHERE, "COLUMNS": "80"})
+    assert (result.returncode, result.stderr) == (0, "") and max(map(len, result.stdout.splitlines())) <= 80
     blocks = re.split(r"\n    (?=-)", result.stdout)
     for flag in inspect.signature(gpt2.cli).parameters.values():
         if flag.kind is not flag.VAR_POSITIONAL:
             [block] = [block for block in blocks if re.match(rf"(-\w, )?--{flag.name}=", block)]
             assert not re.match("Type:|Default:", block.rstrip().split("\n")[-1].strip())  # the last line: its meaning
+    words = {word for word in inspect.getdoc(gpt2.cli).split() if not word.endswith(":")}
+    assert words | {"GPT2_MODELS_URL."} <= {*result.stdout.split()}
+    assert re.search(r"(?s)(?=.*124M.{0,9}500 MB)(?=.*1,?024)", result.stdout)
+
+
+def test_the_examples_of_the_help_work():
+    examples = re.findall("^ +python (gpt2.py .*)", gpt2.cli.__doc__, re.MULTILINE)
+    assert len(examples) >= 2
+    for script, prompt, *flags in map(shlex.split, examples):
+        result = run(prompt, *flags, *SMALL, script=script)
+        assert (result.returncode, result.stderr) == (0, "") and len(result.stdout) > 20
 
 
 def test_a_character_of_several_tokens_is_shown_once_it_is_whole(model, monkeypatch, capsys):
@@ -193,29 +245,34 @@ def test_a_character_of_several_tokens_is_shown_once_it_is_whole(model, monkeypa
 
 # ---- What it refuses -------------------------------------------------------------------------------------------------
 
-MISTYPED = ["--n_token_to_generate 5 hi", "hi --sed=5", "hi --json", "hi -x", "hi -t 0.8", "-hello", "hi --"]
+MISTYPED = ["--n_token_to_generate 5 hi", "hi --sed=5", "hi --json", "hi -x", "hi -t 0.8", "-hello", "hi -n5"]
+MISTYPED += ["hi --temp 1", "--model 2M hi"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("args", MISTYPED)
 def test_a_mistyped_flag_is_refused_at_once(tmp_path, script, args):
-    """Before 124M would be downloaded; -t may be temperature, top_k or top_p."""
+    """Before 124M would be downloaded, and with the flags there are; -t may be temperature, top_k or top_p."""
     result = run(*args.split(), "--models_dir", tmp_path / "models", env=NOWHERE, script=script)
     assert (result.returncode, result.stdout, os.listdir(tmp_path)) == (2, "", [])
-    assert "Usage: " in result.stderr and "Traceback" not in result.stderr
+    assert "--model_size" in result.stderr and not re.search("Traceback|\0|-- --help", result.stderr)
 
 
-BAD = [("n_tokens_to_generate", "1.5"), ("temperature", "nan"), ("top_k", "-1"), ("top_p", "90"), ("batch_size", "0")]
-BAD += [("seed", None), ("prompt", None), ("models_dir", None), ("model_size", None)]
+REFUSED = {  # what is typed: what the line must tell
+    "--n_tokens_to_generate=1.5": "n_tokens_to_generate.*'1.5'", "--temperature=nan": "temperature.*'nan'",
+    "--top_k=-1": "top_k.*'-1'", "--top_p=90": "top_p.*'90'", "--batch_size=0": "batch_size.*'0'",
+    "--seed": "seed.*value", "--prompt": "prompt.*value", "--models_dir": "models_dir.*value",
+    "--prompt --seed=1": "prompt.*value", "-prompt -n 3": "prompt.*value", "-n -- 5": "-n.*value",
+    "--prompt=a --prompt b": "--prompt", "--prompts_file=/none/such": "/none/such", "--prompts_file=-": "prompts_file",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), BAD)
-def test_a_bad_value_is_one_line(tmp_path, name, value):
+@pytest.mark.parametrize("args", REFUSED)
+def test_what_is_refused_is_one_line(tmp_path, args):
     """It names the flag and what was typed, before anything is fetched."""
-    flag = f"--{name}" if value is None else f"--{name}={value}"
-    line = error_of(run("It is True", "--models_dir", tmp_path / "models", flag, env=NOWHERE))
-    assert name in line and ("needs a value" if value is None else repr(value)) in line
-    assert os.listdir(tmp_path) == []
+    prompt = [] if "--prompt" in args and args != "--prompts_file=-" else ["It is True"]
+    line = error_of(run(*prompt, "--models_dir", tmp_path / "models", *args.split(), env=NOWHERE))
+    assert re.search(REFUSED[args], line) and os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -225,18 +282,30 @@ def test_what_makes_no_sense_is_one_line(tmp_path, script):
     for n, ends_well in (251, True), (252, False):  # 5 + 251 tokens = 256
         result = run("Once upon a time", *SMALL, f"--n_tokens_to_generate={n}", script=script)
         assert result.returncode == (not ends_well) and ("256" in result.stderr) == (not ends_well)
-    error_of(run(os.fsdecode(b"bad \xff byte"), *SMALL, script=script))
+    assert "UTF-8" in error_of(run(os.fsdecode(b"bad \xff byte"), *SMALL, script=script))
     for name in "..", "", "3M":
-        assert repr(name) in error_of(run("hi", f"--model_size={name}", script=script))
-    assert "--prompts_file" in error_of(run("hi", "--prompts_file=-", *SMALL))
+        assert repr(name) in error_of(run("hi", f"--model_size={name}", "--models_dir=two\nlines", script=script))
 
 
-@pytest.mark.parametrize("package", ["regex", "fire", "tqdm"])
-def test_a_missing_package_is_one_line(package, tmp_path):
-    args = ["--models_dir", tmp_path] if package == "tqdm" else SMALL  # it is needed for a download only
-    code = f"import gpt2, sys, utils; sys.modules['{package}'] = None; utils.run(gpt2.cli)"
-    out, err, returncode = finish(start("Once", *args, code=code, env={**os.environ, **NOWHERE}))
-    assert (out, returncode) == ("", 1) and re.fullmatch(rf"(fetching .*\n)?error: .*{package}.*pip install.*\n", err)
+LOAD = (
+    "import utils; load = utils.load_encoder_hparams_and_params; utils.load_encoder_hparams_and_params = lambda *args: "
+)
+FAULTS = {  # what is done before the command runs: what the line must tell
+    **{f"sys.modules['{name}'] = None": f"{name}.*pip install" for name in ("numpy", "regex", "fire", "requests")},
+    f"{LOAD} bytes(2**62)": "Memory",
+    f"{LOAD} [*load(*args)[:2], load(*args)[2] | {{'wpe': load(*args)[2]['wpe'] * float('nan')}}]": "weights",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: FAULTS[fault].split(".")[0])
+def test_what_is_not_there_is_one_line(tmp_path, script, fault):
+    """A package (one that is needed for a download alone), the memory, weights that are numbers."""
+    args = ["--models_dir", tmp_path] if "requests" in fault else SMALL
+    out, err, returncode = finish(
+        start(script, "Once", *args, code=BEFORE.format(fault), env={**os.environ, **NOWHERE})
+    )
+    assert (out, returncode) == ("", 1) and re.fullmatch(rf"(fetching .*\n)?error: .*{FAULTS[fault]}.*\n", err)
 
 
 # ---- How it ends -----------------------------------------------------------------------------------------------------
@@ -244,11 +313,40 @@ def test_a_missing_package_is_one_line(package, tmp_path):
 
 def test_nobody_takes_the_text():
     """A reader that has enough is no error (but may be SIGPIPE, 141), a full disk is one."""
-    for args in ["gpt2.py", "Once"], ["gpt2.py", "", "Once"], ["gpt2_pico.py", "Once"]:
+    for args in ["gpt2.py", "Once"], ["gpt2.py", "", "Once"], ["gpt2_pico.py", "Once"], ["gpt2.py", "--help"]:
         for end, n, ok, err in ("|head -c 9", 9, [0, 141], ""), (">/dev/full", 0, [1], "error:.* space .*\n"):
             command = f'"$0" "$@" {end}; exit ${{PIPESTATUS[0]}}', sys.executable, *args, *SMALL, "-n", "99"
             result = subprocess.run(["bash", "-c", *command], cwd=ROOT, capture_output=True, text=True, check=False)
             assert result.returncode in ok and len(result.stdout) == n and re.fullmatch(err, result.stderr)
+
+
+def with_streams(change, *args):
+    command = ["bash", "-c", f'"$0" "$@" {change}', sys.executable, *args, "-n", "40"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", input="O", check=False)
+
+
+@pytest.mark.parametrize("change", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(change):
+    """Empty input, or one line, or the text alone; nothing meant for standard error is on standard output."""
+    no_input, no_output, no_error = (re.search(rf"(^| ){stream}", change) for stream in ("<&-", ">&-", "2>&-"))
+    text, piped = GOLDEN[1]["text"] + "\n", gpt2.main("" if no_input else "O", 40, "2M") + "\n"
+    for *args, status, out, err in (
+        ("gpt2.py", "Once", *SMALL, 0, text, ""), ("gpt2_pico.py", "Once", *SMALL, 0, text, ""),
+        ("gpt2.py", *SMALL, 0, piped, ""), ("gpt2.py", "--top_k=-1", 1, "", "error: .*\n"), ("gpt2.py", "-x", 2, "", "ERROR"),
+    ):  # fmt: skip
+        result = with_streams(change, *args)
+        assert (result.returncode, result.stdout) == (status, "" if no_output else out)
+        assert re.match("\\Z" if no_error else err or "\\Z", result.stderr)
+    result = with_streams(change, "gpt2.py", "--help")
+    assert (result.returncode, result.stderr, result.stdout[:4]) == (0, "", "" if no_output else "NAME")
+
+
+def test_a_first_run_without_standard_error(models):
+    """Which is also TensorFlow's, for a model that is not known."""
+    with open(models / "2M/model.ckpt.data-00000-of-00001", "ab") as file:
+        file.write(b"more")
+    result = with_streams("2>&-", "gpt2.py", "Once", *SMALL, f"--models_dir={models}")
+    assert (result.returncode, result.stdout, result.stderr) == (0, GOLDEN[1]["text"] + "\n", "")
 
 
 @pytest.mark.parametrize("around", [[], ["bash", "-c", 'for i in 1 2 3; do "$@"; done', "bash"]], ids=["", "loop"])
@@ -291,20 +389,25 @@ class Terminal:
         AFTER_TEST.callback(os.close, self.fd)
         self.process = start(*SMALL, *args, **{**streams, **control, **options})
         os.close(slave)
-        assert "Ctrl-D" in self.expect(first)  # how to leave
+        assert "Ctrl-D" in self.expect(first) or not first  # how to leave
 
     def type(self, text):
-        os.write(self.fd, text.encode())
+        os.write(self.fd, text.encode(errors="surrogateescape"))
 
     def expect(self, wanted):
         """Read on until `wanted`: what is shown before it."""
         text = shown(read_until(self.fd, lambda text: wanted in shown(text)))
         assert wanted in text
-        return text.split(wanted)[0]
+        return text.split(wanted)[0] if wanted else ""
 
     def answer(self, prompt):
         self.type(prompt + "\n")
         return self.expect("\n> ")
+
+    def end(self):
+        """(what is on the terminal until the process ends, its standard output if that is a pipe, returncode)."""
+        out, _, returncode = finish(self.process)
+        return shown(read_until(self.fd, lambda text: False)), out, returncode
 
 
 def test_asks_again_and_again_until_ctrl_d(tmp_path):
@@ -315,6 +418,7 @@ def test_asks_again_and_again_until_ctrl_d(tmp_path):
     for prompt in GOLDEN[0]["prompt"], "Once", "":
         assert terminal.answer(prompt) == prompt + "\n" + gpt2.main(prompt, 40, "2M")
     assert re.search("error: .*256", terminal.answer("long " * 300))
+    assert re.search("error: (?!.*codec).*UTF-8", terminal.answer("caf\udcff"))
     terminal.type("\x04")
     assert terminal.process.wait(30) == 0
 
@@ -348,3 +452,62 @@ def test_sampling_goes_on():
     """With a seed, a prompt (again by arrow up) gives another text the second time; another session the same two."""
     one, another = [[t.answer("Once"), t.answer("\x1b[A")] for t in (Terminal("--seed=1"), Terminal("--seed=1"))]
     assert one == another and one[0] != one[1] and one[0][:5] == one[1][:5] == "Once\n"
+
+
+def test_a_random_seed_is_told():
+    """On a terminal, so that the same text can be had again. 0 is a seed."""
+    shown, text, _ = Terminal("Once", "--top_k=9", first="", stdout=subprocess.PIPE).end()
+    [seed] = re.fullmatch(r".*seed\D(\d+)\n", shown).groups()
+    assert gpt2.main("Once", 40, "2M", top_k=9, seed=int(seed)) + "\n" == text
+    expected = gpt2.main("Once", 40, "2M", seed=0) + "\n"
+    assert Terminal("Once", "--seed=0", first="", stdout=subprocess.PIPE).end() == ("", expected, 0)
+
+
+def test_progress_of_a_batch(tmp_path, monkeypatch):
+    """It is shown on a terminal, if the texts go elsewhere. Interrupted, the last line written is whole."""
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    (tmp_path / "prompts").write_text("Once\n" * 3)
+    waiting, take = pipe_of_steps()
+    args = "-n", 2, "--batch_size=1", "--prompts_file", tmp_path / "prompts"
+    options = {"code": STEP_BY_STEP, "pass_fds": [waiting], "first": ""}
+    terminal = Terminal(*args, waiting, stdout=subprocess.PIPE, **options)
+    take(3)
+    terminal.expect("1/3")
+    terminal.type("\x03")
+    line = json.dumps({"prompt": "Once", "text": texts_of("Once", n_tokens_to_generate=2)}) + "\n"
+    assert terminal.end()[1:] == (line, -signal.SIGINT)
+    take(5)
+    assert Terminal(*args, waiting, **options).end()[0] == 3 * line
+
+
+# ---- IPython and notebooks -------------------------------------------------------------------------------------------
+
+SESSION = """
+import gc, signal
+before = signal.getsignal(signal.SIGINT), gc.get_freeze_count()
+%run gpt2.py Once --model_size 2M -n 3
+%run gpt2_pico.py Once --model_size 2M -n 3
+%run gpt2.py Once --model_sise 2M
+%run gpt2.py Once --model_size 2M --top_k=-1
+%run gpt2.py --help
+print("as before:", (signal.getsignal(signal.SIGINT), gc.get_freeze_count()) == before)
+!echo the end
+"""
+
+
+@pytest.mark.parametrize("package", ["IPython", "ipykernel"])
+def test_in_a_session(tmp_path, package, monkeypatch):
+    """Texts and mistakes are shown, later output too, and the session is as it was before."""
+    pytest.importorskip(package)
+    for name, value in ("HOME", tmp_path), ("IPYTHONDIR", tmp_path), ("PAGER", "cat"):
+        monkeypatch.setenv(name, str(value))
+    (tmp_path / "session.ipy").write_text(SESSION)
+    if package == "IPython":
+        code = "import IPython, sys; IPython.start_ipython(sys.argv[3:])"
+        text = Terminal("--simple-prompt", tmp_path / "session.ipy", code=code, first="").end()[0]
+    else:
+        pytest.importorskip("jupyter_client")
+        with open(tmp_path / "session.ipy") as file:
+            text = "".join(finish(start(code="import jupyter_client.runapp as app; app.main()", stdin=file))[:2])
+    assert text.count(texts_of("Once") + "\n") == 2 and "as before: True\n" in shown(text) and "the end\n" in text
+    assert re.search("(?s)(?=.*--model_sise)(?=.*top_k.*'-1')(?=.*GPT2_MODELS_URL)", text)

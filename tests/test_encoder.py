@@ -2,8 +2,10 @@
 
 import itertools
 import pathlib
+import pickle
 import random
 import sys
+import tracemalloc
 import unicodedata
 
 import pytest
@@ -17,23 +19,15 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from encoder import Encoder, bytes_to_unicode, get_encoder
 
 TEXTS = [
-    "",
-    "Hello, world!",
+    "", "Hello, world!", " one  two   three    ", "1234 5.678,90 ½ ² ٣٤ Ⅷ 一二", "👩‍👩‍👧‍👦 👍🏽 🇩🇪 ❤️ 😀😀",
+    "'The 'Sir 'Do 'May 'Revel 'Very 'LLama 'VE 'RE 'Tis' 'tHe",
     "I'm you're he's she'll we've they'd can't 'tis IT'S I'LL 's'sss ''' don’t",
-    " one  two   three    ",
     "a \t b\t\tc\r\nd\r\n\r\n e \n\n f\u00a0\u2003g\u3000\u2028\x85h\x0b\x0c\x1c",
-    "1234 5.678,90 ½ ² ٣٤ Ⅷ 一二",
-    "👩‍👩‍👧‍👦 👍🏽 🇩🇪 ❤️ 😀😀",
-    "漢字かな交じり文。中文，한국어 ไทย",
-    "שלום עולם، مرحبا بالعالم \u202eabc\u202c",
-    "e\u0301 n\u0303 क्षि ğ\u0327\u0308 Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A",
-    "\0 a\0\0b \x7f\x80\x9f",
-    "<|endoftext|> a<|endoftext|>b <|endoftext|",
-    "def f(x):\n    return x**2  # comment\n\n\n\tif x != {}: pass",
-    "".join(map(chr, range(256))),
-    "".join(bytes_to_unicode().values()),
-    "\uffff\U0010ffff\ue000\u0378",
-]
+    "漢字かな交じり文。中文，한국어 ไทย", "שלום עולם، مرحبا بالعالم \u202eabc\u202c",
+    "e\u0301 n\u0303 क्षि ğ\u0327\u0308 Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A", "\0 a\0\0b \x7f\x80\x9f", "\uffff\U0010ffff\ue000\u0378",
+    "<|endoftext|> a<|endoftext|>b <|endoftext|", "def f(x):\n    return x**2  # comment\n\n\n\tif x != {}: pass",
+    "".join(map(chr, range(256))), "".join(bytes_to_unicode().values()),
+]  # fmt: skip
 CHARACTERS = st.characters(exclude_categories=["Cs", "Cn"])  # what is unassigned is for each Unicode version to say
 PIECES = ["'s", "'ll", "'", " ", "  ", "\t", "\r\n", "\n", "a", "The", "é", "漢", "1", ".", "\u200d", "\u0301", "😀"]
 TEXT = st.text(CHARACTERS) | st.lists(st.sampled_from(PIECES) | st.text(CHARACTERS, max_size=3)).map("".join)
@@ -59,6 +53,7 @@ def judge(folder):
 
 
 def check(text, encoder, judge):
+    """Ids are tiktoken's, and decoding gives the text and its bytes back."""
     ids = encoder.encode(text)
     assert ids == judge.encode_ordinary(text)
     assert encoder.decode(ids) == text
@@ -66,14 +61,12 @@ def check(text, encoder, judge):
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: ascii(text)[1:20])
 def test_by_hand(text, encoder, judge):
-    """Ids are tiktoken's, and decoding gives the text and its bytes back."""
     check(text, encoder, judge)
 
 
 @settings(deadline=None, max_examples=300)
 @given(text=TEXT)
 def test_any_text(text, encoder, judge):
-    """The same on whatever hypothesis comes up with."""
     check(text, encoder, judge)
 
 
@@ -85,10 +78,8 @@ def test_every_character(encoder, judge):
         check("".join(f"a{c}1 {c} " for c in ordinary[i : i + 1000]), encoder, judge)
 
 
-LONG = {
-    "letters": "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=100_000)),
-    "one letter": "a" * 100_000, "spaces": " " * 2**20, "emoji": "😀" * 2**18,
-}  # fmt: skip
+LONG = {"one letter": "a" * 100_000, "spaces": " " * 2**20, "emoji": "😀" * 2**18}
+LONG["letters"] = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=100_000))
 
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
@@ -108,6 +99,8 @@ def test_invalid(encoder):
         encoder.encode("\ud800")
     with pytest.raises(KeyError):
         encoder.decode([len(encoder.encoder)])
+    with pytest.raises(ValueError, match="10.?000.?004"):  # refused for its length, before minutes are spent
+        encoder.encode("no " + "a" * 10_000_003 + " word")
 
 
 # ---- Merging --------------------------------------------------------------------------------------------------------
@@ -146,10 +139,22 @@ def test_bpe_is_the_naive_method(merges, word):
 
 
 def test_ids_are_the_callers(encoder):
-    """What a caller does to a result does not reach a cache behind it."""
+    """What a caller does to a result does not reach a cache behind it; it can be sent to another process."""
     ids = encoder.encode(" again")
     encoder.encode(" again").append(0)
-    assert encoder.encode(" again") == ids
+    assert encoder.encode(" again") == pickle.loads(pickle.dumps(encoder)).encode(" again") == ids
+
+
+@pytest.mark.parametrize("words", [map(str, range(10**5, 170_000)), (chr(2**20 + i) * 50_000 for i in range(6))])
+def test_what_is_remembered_is_bounded(words):
+    """The words that have been met take less than 9 MB, be they many or long."""
+    encoder = get_encoder("2M", ROOT / "models")
+    tracemalloc.start()
+    for word in words:
+        encoder.encode(word)
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert size < 9e6
 
 
 # ---- Parts ----------------------------------------------------------------------------------------------------------

@@ -7,11 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT, nested
+from conftest import GOLDEN, ROOT, nested, random_tensors
 
 import gpt2
 import gpt2_pico
-import utils
 
 HPARAMS = {"n_vocab": 31, "n_ctx": 600, "n_embd": 12, "n_head": 3, "n_layer": 2}
 
@@ -21,11 +20,9 @@ def module(request):
     return request.param
 
 
-def random_params(seed=0):
+def random_params():
     """The weights of a small model, large enough to bend every curve."""
-    rng = np.random.default_rng(seed)
-    shapes = utils.tensor_shapes(HPARAMS)
-    return nested({name: rng.normal(0, 0.7, shape).astype(np.float32) for name, shape in shapes.items()})
+    return nested({name: 7 * tensor for name, tensor in random_tensors(HPARAMS).items()})
 
 
 def random_ids(*shape, n_vocab=HPARAMS["n_vocab"], seed=0):
@@ -120,12 +117,24 @@ def on_rows(formula, n_axes, x):
 @pytest.mark.parametrize("x", [X, X[0], X[:1, :1]], ids=["batch", "sequence", "token"])
 @pytest.mark.parametrize("name", CASES)
 def test_function_is_its_formula(module, name, x):
-    """With and without a batch axis; float32 in, float32 out."""
+    """With and without a batch axis (for mha a matrix and positions); float32 in, float32 out."""
     formula, n_axes, kwargs = CASES[name]
     others = {key: value if key == "n_head" else plain(value) for key, value in kwargs.items()}
-    result = getattr(module, name)(x, **kwargs)
-    assert result.dtype == np.float32
-    np.testing.assert_allclose(result, on_rows(lambda part: formula(part, **others), n_axes, x), rtol=1e-4, atol=1e-4)
+    rows, positions = x.copy(), {}
+    if n_axes == 2 and x.ndim == 3:
+        rows, positions = rows.reshape(-1, x.shape[-1]), {"positions": np.array([range(x.shape[1])] * len(x))}
+    result = getattr(module, name)(rows, **kwargs, **positions)
+    assert (result.dtype, result.shape[:-1]) == (np.float32, rows.shape[:-1])
+    assert np.array_equal(rows.ravel(), x.ravel())  # as it was
+    expected = on_rows(lambda part: formula(part, **others), n_axes, x)
+    np.testing.assert_allclose(result, np.reshape(expected, result.shape), rtol=1e-4, atol=1e-4)
+
+
+def test_no_position_sees_a_later_one(module):
+    """However large its score would be."""
+    for i, row in enumerate(module.mha(X[0] * 1000, **CASES["mha"][2])):
+        alone = module.mha(X[0, : i + 1] * 1000, **CASES["mha"][2])[-1]
+        np.testing.assert_allclose(row, alone, rtol=1e-3, atol=1e-2)
 
 
 def test_gelu_to_the_last_digits(module):
@@ -189,46 +198,29 @@ def test_endoftext(module, model):
     texts = module.main(["", "and they lived happily ever after."], 60, "2M", ROOT / "models")
     assert texts == [encoder.decode(ids[: ids.index(end)]), ""]
     assert module.main("", 60, "2M", ROOT / "models") == texts[0]
-    assert module.main(["Once"], model_size="2M") == [GOLDEN[1]["text"]]
+    assert (module.main(["Once"], model_size="2M"), module.main([], 5, "2M")) == ([GOLDEN[1]["text"]], [])
 
 
-# ---- float32 --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_logits_and_cache_are_float32(module, monkeypatch, cached):
-    """A single float64 number on the way would make them float64, as it would what each function returns."""
-    calls, params = recorded(module, monkeypatch), random_params()
-    if cached:
-        module.generate(random_ids(2, 5), params, N_HEAD, 2)
-    else:
-        module.gpt2(random_ids(2, 5), **params, n_head=N_HEAD)
-    arrays = [array for call in calls for array in call if array is not None]
-    assert len(arrays) >= 1 + cached and {array.dtype for array in arrays} == {np.dtype(np.float32)}
+def test_nothing_is_computed_after_the_end(monkeypatch):
+    """A prompt, or two, after which <|endoftext|> comes at once take a single pass of the model."""
+    calls = recorded(gpt2, monkeypatch)
+    for n in 1, 2:
+        assert gpt2.main(["and they lived happily ever after."] * n, 40, "2M") == [""] * n and len(calls) == n
 
 
 # ---- The mask, the cache, the batch ---------------------------------------------------------------------------------
 
 
 def recorded(module, monkeypatch):
-    """The list to which each call of the module's gpt2() from now on adds (logits, cache)."""
+    """The list to which each call of the module's gpt2() from now on adds (ids, logits, cache)."""
     calls, original = [], module.gpt2
 
-    def gpt2(*args, **kwargs):
-        logits = original(*args, **kwargs)
-        calls.append((logits, kwargs.get("cache")))
-        return logits
+    def gpt2(ids, **kwargs):
+        calls.append((ids, original(ids, **kwargs), kwargs["cache"]))
+        return calls[-1][1]
 
     monkeypatch.setattr(module, "gpt2", gpt2)
     return calls
-
-
-def generated(module, monkeypatch, prompts, params, n_head, n_new):
-    """What generate returns, and the logits it chose from: [n_batch, n_new, n_vocab]."""
-    with monkeypatch.context() as patch:
-        calls = recorded(module, patch)
-        new = module.generate(prompts, params, n_head, n_new)
-    return new, np.stack([logits for logits, _ in calls[-n_new:]], axis=1)
 
 
 def uncached(module, prompt, params, n_head, n_new):
@@ -241,83 +233,91 @@ def uncached(module, prompt, params, n_head, n_new):
 
 
 def test_call_with_a_cache(module):
-    """Several tokens at once, then one, each row from its own start: the logits of the last position of each row."""
-    params, ids = random_params(), np.array(random_ids(2, 8))
-    size = HPARAMS["n_layer"], 2, 2, N_HEAD, 9, HPARAMS["n_embd"] // N_HEAD
-    model = {**params, "n_head": N_HEAD, "cache": np.full(size, 7, np.float32)}
+    """Several tokens, then one, each row from its own start. Behind the longest row the cache is not even read."""
+    params, ids, rows = random_params(), np.array(random_ids(2, 8)), np.arange(2)
+    cache = np.full((HPARAMS["n_layer"], 2, 2, N_HEAD, 9, HPARAMS["n_embd"] // N_HEAD), 7, np.float32)
+    cache[..., 8, :] = np.nan
     expected = module.gpt2(ids, **params, n_head=N_HEAD)
-    rows, start = np.arange(2)[:, None], np.array([0, 0])
     for n, start in [(3, [0, 0]), (2, [3, 3]), (2, [3, 5]), (1, [5, 7]), (1, [6, 6])]:
         positions = np.array(start)[:, None] + np.arange(n)
-        logits = module.gpt2(ids[rows, positions], **model, start=np.array(start))
-        np.testing.assert_allclose(logits, expected[rows[:, 0], positions[:, -1]], rtol=0, atol=1e-3, strict=True)
+        logits = module.gpt2(ids[rows[:, None], positions], **params, n_head=N_HEAD, positions=positions, cache=cache)
+        np.testing.assert_allclose(logits, expected[rows, positions[:, -1]], rtol=0, atol=1e-3, strict=True)
 
 
-def test_ragged_batch(module, model, monkeypatch):
-    """Prompts of very different lengths give in one batch, with the cache, what each gives alone without, logits and all."""
-    _, hparams, params = model
-    prompts = [random_ids(n, n_vocab=hparams["n_vocab"], seed=n) for n in (2, 200, 1, 7)]
-    rows, logits = generated(module, monkeypatch, prompts, params, hparams["n_head"], 20)
-    for prompt, row, row_logits in zip(prompts, rows, logits):
-        alone, alone_logits = uncached(module, prompt, params, hparams["n_head"], 20)
-        assert row == alone
-        np.testing.assert_allclose(row_logits, alone_logits, rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("lengths", [[257], [590], [3, 400, 290], [2] * 300 + [4]], ids=lambda n: str(n[-3:]))
-def test_long_prompts(module, monkeypatch, lengths):
-    """Prompts that are filled in by more than one piece, as they are one by one without a cache."""
+@pytest.mark.parametrize("lengths", [[2, 200, 1, 7], [257], [595], [3, 400, 290], [2] * 300 + [4]], ids=len)
+def test_in_a_batch_as_alone(module, monkeypatch, lengths):
+    """Also prompts that take several passes give what each gives alone and without a cache, logits and all."""
     params, prompts = random_params(), [random_ids(n, seed=i) for i, n in enumerate(lengths)]
-    rows, logits = generated(module, monkeypatch, prompts, params, N_HEAD, 5)
-    for i in sorted({0, 1, len(prompts) - 1} & {*range(len(prompts))}):
+    with monkeypatch.context() as patch:
+        calls = recorded(module, patch)
+        rows = module.generate(prompts, params, N_HEAD, 5)
+    assert {array.dtype for _, *arrays in calls for array in arrays} == {np.dtype(np.float32)}
+    for i in sorted({0, 1, 2, len(prompts) - 1} & {*range(len(prompts))}):
         expected, expected_logits = uncached(module, prompts[i], params, N_HEAD, 5)
         assert rows[i] == expected
-        np.testing.assert_allclose(logits[i], expected_logits, rtol=0, atol=1e-3)
+        np.testing.assert_allclose([logits[i] for _, logits, _ in calls[-5:]], expected_logits, rtol=0, atol=1e-3)
 
 
 def test_prefill(monkeypatch):
     """About 256 tokens at a time go through gpt2.py's model, whatever the batch; the last pass gives the first token."""
-    sizes, original = [], gpt2.gpt2
-    monkeypatch.setattr(gpt2, "gpt2", lambda ids, **kwargs: sizes.append(np.size(ids)) or original(ids, **kwargs))
+    calls = recorded(gpt2, monkeypatch)
     gpt2.generate(random_ids(5, 300), random_params(), N_HEAD, 1)
+    sizes = [ids.size for ids, *_ in calls]
     assert max(sizes) <= 256 and sum(sizes) == 5 * 300
-    sizes.clear()
     gpt2.generate(random_ids(9), random_params(), N_HEAD, 3)
-    assert sizes == [9, 1, 1]
+    assert [ids.size for ids, *_ in calls[len(sizes) :]] == [9, 1, 1]
 
 
-def test_what_generate_takes(module, model):
-    """Lists, tuples, arrays, ids in a batch or not; the caller's are unchanged, the new ids are Python's integers."""
-    _, hparams, params = model
-    ids, expected = GOLDEN[2]["ids"], GOLDEN[2]["greedy"][:6]
-    for kind in list, tuple, np.array:
-        inputs = kind(ids)
-        new = module.generate(inputs, params, hparams["n_head"], 6)
-        assert new == expected and {type(id) for id in new} == {int}
-        assert list(inputs) == ids and module.generate(inputs, params, hparams["n_head"], 0) == []
-        assert module.generate([inputs], params, hparams["n_head"], 6) == [expected]
-        assert module.generate([inputs, kind([5, 6])], params, hparams["n_head"], 6)[0] == expected
+@pytest.mark.parametrize("kind", [list, tuple, "uint8", "int16", "uint32", "int64", "uint64"])
+def test_what_generate_takes(module, kind):
+    """Lists, tuples, arrays, in a batch or not; the caller's are unchanged, the new ids are Python's integers."""
+    convert = kind if isinstance(kind, type) else lambda ids: np.array(ids, kind)
+    prompts, args = [convert(ids) for ids in ([1, 2, 30], [5, 6], [7])], (random_params(), N_HEAD)
+    new = module.generate(prompts[0], *args, 6)
+    assert new == uncached(module, [1, 2, 30], *args, 6)[0] and {type(id) for id in new} == {int}
+    ragged = np.empty(3, object)
+    ragged[:] = prompts
+    for batch in prompts[:1], tuple(prompts), ragged:
+        rows = module.generate(batch, *args, 6)
+        assert len(rows) == len(batch) and rows[0] == new
+        assert module.generate(batch, *args, 0) == [[] for _ in batch]
+    assert module.generate(prompts[0], *args, 0) == [] and list(prompts[0]) == [1, 2, 30]
 
 
 def test_context_length(module, model):
-    """A prompt and its new tokens may fill the context length to the last token; one more is refused."""
+    """A prompt and its new tokens may fill the context length to the last token; one more is refused, for each prompt."""
     encoder, hparams, _ = model
     n_ctx, text = hparams["n_ctx"], " the" * 200
     n_ids = len(encoder.encode(text))
     assert len(encoder.encode(module.main(text, n_ctx - n_ids, "2M"))) > 0
-    for prompt, n_new in [(text, n_ctx - n_ids + 1), (" the" * n_ctx, 1), ("", n_ctx)]:
+    for prompt, n_new in (text, n_ctx - n_ids + 1), (" the" * n_ctx, 1), ("", n_ctx), (["a", text], n_ctx - n_ids + 1):
         with pytest.raises(ValueError, match=str(n_ctx)):
             module.main(prompt, n_new, "2M")
 
 
-def test_what_generate_refuses():
-    """Prompts that are too long or empty, by their number, and ids that are no row of the embedding, -1 among them."""
-    params, n_ctx, n_vocab = random_params(), HPARAMS["n_ctx"], HPARAMS["n_vocab"]
-    ids = random_ids(n_ctx - 3)
-    assert gpt2.generate([ids, [1]], params, N_HEAD, 3)[0] == uncached(gpt2, ids, params, N_HEAD, 3)[0]
-    for inputs, number in (ids, 1), ([[1], ids], 2), ([], 1), ([[1], []], 2), ([1, n_vocab], 1), ([[1], [-1]], 2):
-        with pytest.raises(ValueError, match=f"prompt {number} .*{n_ctx}"):
-            gpt2.generate(inputs, params, N_HEAD, 4)
+N_VOCAB, LONG = HPARAMS["n_vocab"], random_ids(HPARAMS["n_ctx"] - 3)
+REFUSED = [  # prompts, the number of the bad one, and what else the message tells
+    (LONG, 1, HPARAMS["n_ctx"]), ([[1], LONG], 2, HPARAMS["n_ctx"]), ([], 1, ""), ([[1], []], 2, ""),
+    ([1, N_VOCAB], 1, N_VOCAB), ([[1], [0, -1]], 2, -1), ([2**40], 1, 2**40),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inputs", "number", "what"), REFUSED, ids=lambda value: str(value)[:9])
+def test_what_generate_refuses(inputs, number, what):
+    """Prompts that are too long or empty, by their number, and ids that are no row of the embedding."""
+    with pytest.raises(ValueError, match=rf"(?=.*\b{number}\b).*{what}\b"):
+        gpt2.generate(inputs, random_params(), N_HEAD, 4)
+
+
+@pytest.mark.parametrize("name", ["wte", "wpe", "blocks"])
+def test_weights_that_are_not_numbers(module, name):
+    """NaN in one place (of wte, that of a token that does not occur) is an error that names the weights."""
+    params = random_params()
+    weights = params["blocks"][1]["mlp"]["c_proj"]["b"] if name == "blocks" else params[name][3]
+    weights[2] = np.nan
+    for options in [{}, {"seed": 1}][: 1 + (module is gpt2)]:
+        with pytest.raises(ValueError, match="weights"), np.errstate(all="ignore"):
+            module.generate([1, 2, 1, 0], params, N_HEAD, 3, **options)
 
 
 # ---- The files ------------------------------------------------------------------------------------------------------
@@ -326,9 +326,7 @@ def test_what_generate_refuses():
 def test_imports():
     """To read or import the model costs NumPy alone; what is slow to import waits until it is needed."""
     for module_name, packages in ("gpt2", {"regex", "utils"}), ("gpt2_pico", set()):
-        code = (
-            f"import sys, numpy; before = set(sys.modules); import {module_name}; print(*(set(sys.modules) - before))"
-        )
+        code = f"import sys, numpy; before = {{*sys.modules}}; import {module_name}; print(*{{*sys.modules}} - before)"
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         loaded = {name.partition(".")[0] for name in result.stdout.split()}
         assert module_name in loaded and not loaded & (packages | {"tensorflow", "requests", "fire", "tqdm"})
