@@ -384,6 +384,7 @@ class Terminal:
 
     def __init__(self, *args, first="\n> ", **options):
         self.fd, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, bytes([24, 0, 80, 0, 0, 0, 0, 0]))
         streams = {"stdin": slave, "stdout": slave, "stderr": slave, "env": {**os.environ, "TERM": "vt100"}}
         control = {"preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
         AFTER_TEST.callback(os.close, self.fd)
