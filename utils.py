@@ -265,20 +265,24 @@ def check(files, tf_ckpt_path, hparams, mapped):
     """Check the files of a model. Returns {name: tensor} of the tensors that are not as mapped. Raises ValueError."""
     from encoder import get_encoder
 
-    data, folder = files[DATA], files[DATA].absolute().parent
+    folder = files[DATA].absolute().parent
     print(f"checking {folder.name} …", file=sys.stderr, flush=True)
     for size in "2M", "124M":
-        if size_of(data) == data_size(HPARAMS[size]) and sha256_of(data) == SHA256[f"{size}/{DATA}"]:
-            for name in files.keys() - {DATA}:
+        is_known = sha256_of(files["model.ckpt.index"]) == SHA256[f"{size}/model.ckpt.index"]
+        if not is_known and size_of(files[DATA]) == data_size(HPARAMS[size]):  # it may be the index that is damaged
+            is_known = sha256_of(files[DATA]) == SHA256[f"{size}/{DATA}"]
+        if is_known:
+            for name in files.keys() - {"hparams.json"}:
                 check_known(files[name], name, size)
-            if mapped:
-                return {}
+            if not HPARAMS[size].items() <= hparams.items():
+                raise ValueError(f"{folder / 'hparams.json'} is not that of {size}; {MEND}")
+            return {}
     if {"encoder.json", "vocab.bpe"} <= files.keys():
         with reading(folder / "encoder.json or vocab.bpe"):
             encoder = get_encoder(folder.name, folder.parent)
             merged = {merge.replace(" ", "") for merge in encoder.bpe_ranks}
-            needed = {*encoder.byte_decoder, *merged, "<|endoftext|>"}
-            if sorted(encoder.decoder) != [*range(hparams["n_vocab"])] or not needed <= encoder.encoder.keys():
+            pieces = {*encoder.byte_decoder, *merged, "<|endoftext|>"}
+            if sorted(encoder.decoder) != [*range(hparams["n_vocab"])] or pieces != encoder.encoder.keys():
                 raise ValueError(f"they do not fit each other, or the {hparams['n_vocab']} tokens of hparams.json")
     return read_through_tensorflow(tf_ckpt_path, hparams, mapped)
 
@@ -441,7 +445,8 @@ def write_json_lines(lines, batch_size, texts):
             return [{"text": "".join(pieces)} for pieces in texts(batch, first_row=first_row)]
         except ValueError as error:
             if len(batch) == 1:
-                return [{"error": plain(error, f"prompt {first_row + 1}")}]
+                number, fault = f"prompt {first_row + 1}", plain(error, f"prompt {first_row + 1}")
+                return [{"error": fault if fault.startswith(number) else f"{number}: {fault}"}]
         half = len(batch) // 2  # halve the batch until the bad line is alone
         return answers(batch[:half], first_row) + answers(batch[half:], first_row + half)
 
@@ -481,25 +486,24 @@ def parse(function):
     """(args, options) that the command line has for a function. fire finds them, each a text, exactly as typed."""
     from fire import Fire, core, helptext, parser, trace
 
+    calls, default_parse = [], parser.DefaultParseValue
+    # fire calls a function before it sees an unknown flag, so what it calls is a stand-in
+    stand_in = functools.wraps(function)(lambda *args, **options: calls.append((args, options)))
+    at_start = trace.FireTrace(stand_in, name=os.path.basename(sys.argv[0]))
     flags = list(itertools.takewhile(lambda argument: argument != "--", sys.argv[1:]))
-    needs_help = not {"-h", "--help"}.isdisjoint(flags)
+    if not {"-h", "--help"}.isdisjoint(flags):
+        print(helptext.HelpText(stand_in, at_start), flush=True)
+        sys.exit()
     # NUL, which nobody can type, marks what fire would not take for an argument: "-", and all that follows "--".
     arguments = ["\0-" if argument == "-" else argument for argument in flags]
     arguments += [f"\0{argument}" for argument in sys.argv[len(flags) + 2 :]]
-    calls, said, default_parse = [], io.StringIO(), parser.DefaultParseValue
-    # fire calls a function before it sees an unknown flag, so what it calls is a stand-in
-    stand_in = functools.wraps(function)(lambda *args, **options: calls.append((args, options)))
     parser.DefaultParseValue = lambda text: text.lstrip("\0")  # no "1,2" that becomes a tuple
     try:
-        with contextlib.redirect_stderr(said):
-            Fire(stand_in, ["--", "--help"] if needs_help else arguments)
+        with contextlib.redirect_stderr(io.StringIO()):
+            Fire(stand_in, arguments)
     except core.FireExit as result:
-        if needs_help:
-            print(said.getvalue(), end="", flush=True)  # on standard output, where a pager can take it
-        else:
-            fault = result.trace.elements[-1].ErrorAsStr().replace("\0", "")
-            usage = helptext.UsageText(stand_in, trace.FireTrace(stand_in, name=os.path.basename(sys.argv[0])))
-            print(f"ERROR: {fault}\n{usage}", file=sys.stderr)
+        fault = result.trace.elements[-1].ErrorAsStr().replace("\0", "")
+        print(f"ERROR: {fault}\n{helptext.UsageText(stand_in, at_start)}", file=sys.stderr)
         raise
     finally:
         parser.DefaultParseValue = default_parse

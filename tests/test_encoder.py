@@ -1,4 +1,4 @@
-"""The tokenizer: held to tiktoken on the released and the bundled vocabulary, and its merges to the plain definition."""
+"""The tokenizer: held to tiktoken on the released and the bundled vocabulary, its merges to the plain definition."""
 
 import itertools
 import pathlib
@@ -71,7 +71,7 @@ def test_any_text(text, encoder, judge):
 
 
 def test_every_character(encoder, judge):
-    """Each assigned character is a letter, a number, a space or none of them for both (between a letter and a digit)."""
+    """Each assigned character is a letter, a number, a space or none of them, for both of them."""
     characters = [chr(i) for i in range(sys.maxunicode) if unicodedata.category(chr(i)) not in ("Cs", "Cn", "Co")]
     ordinary = [c for c in characters if not 0x3400 <= ord(c) < 0xD7A4 or ord(c) % 100 == 0]  # some of the ideographs
     for i in range(0, len(ordinary), 1000):
@@ -107,7 +107,7 @@ def test_invalid(encoder):
 
 
 def naive_bpe(pieces, merges):
-    """The definition: as long as some merge applies, take the first such and join its pair everywhere, left to right."""
+    """The definition: as long as some merge applies, take the first and join its pair everywhere, left to right."""
     pieces = list(pieces)
     while applying := [merge for merge in merges if merge in itertools.pairwise(pieces)]:
         i = 0
@@ -161,7 +161,7 @@ def test_what_is_remembered_is_bounded(words):
 
 
 def test_bytes_to_unicode():
-    """Printable characters of Latin-1 stand for themselves, the other bytes are numbered from 256 on; OpenAI's examples."""
+    """Printable characters of Latin-1 stand for themselves, other bytes are numbered from 256 on; four by hand."""
     others = (chr(i) for i in range(256, 1000))
     expected = [chr(i) if chr(i).isprintable() and chr(i) != " " else next(others) for i in range(256)]
     assert [bytes_to_unicode()[i] for i in range(256)] == expected

@@ -12,20 +12,93 @@ from conftest import GOLDEN, ROOT, error_of, nested, random_tensors, run, write_
 import utils
 
 ODD = {"n_vocab": 2048, "n_ctx": 64, "n_embd": 36, "n_head": 3, "n_layer": 11}  # with the vocabulary of 2M
-DATA, INDEX = "model.ckpt.data-00000-of-00001", "model.ckpt.index"
-
-
-def assert_holds(params, hparams, tensors):
-    """The weights are exactly `tensors` (which may have others, too), in float32."""
-    np.testing.assert_equal(params, nested({name: tensors[name] for name in utils.tensor_shapes(hparams)}))
-    assert params["wte"].dtype == params["blocks"][-1]["ln_2"]["b"].dtype == np.float32
+OWN = "own [v2]"  # the folder of a model that nobody knows
+VOCABULARY, INDEX, DATA = ["encoder.json", "vocab.bpe"], "model.ckpt.index", "model.ckpt.data-00000-of-00001"
+FILES = ["hparams.json", *VOCABULARY, INDEX, DATA]  # and checkpoint
 
 
 @pytest.fixture
-def load(models, capfd):
-    """load(): the weights of 2M, and what is said meanwhile."""
-    load = utils.load_encoder_hparams_and_params
-    return lambda: [capfd.readouterr(), load("2M", models)[2], capfd.readouterr().err][1:]
+def models(models):
+    """Another model is there, too."""
+    write_checkpoint(models / OWN, ODD, random_tensors(ODD))
+    for name in VOCABULARY:
+        (models / OWN / name).write_bytes((models / "2M" / name).read_bytes())
+    return models
+
+
+@pytest.fixture
+def load(models, monkeypatch, capfd):
+    """load(name): the weights, and what is said meanwhile. Afterwards no file is open, and the folder is the same."""
+
+    def load(name="2M"):
+        capfd.readouterr()
+        return utils.load_encoder_hparams_and_params(name, ".")[2], capfd.readouterr().err
+
+    monkeypatch.chdir(models)
+    n_open = len(os.listdir("/dev/fd"))
+    yield load
+    assert os.path.samefile(os.getcwd(), models) and len(os.listdir("/dev/fd")) == n_open
+
+
+# The order of the tensors, others between them, their type, bytes behind them.
+LAYOUTS = [(sorted, [], "f4", b""), (sorted, [], "f2", b""), (sorted, [], "f4", b"more")]
+LAYOUTS += [(reversed, [], "f4", b""), (sorted, ["global_step", "model/wte/Adam", "zzz"], "f4", b"")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(models, load, layout):
+    """As released, which is the first: checked once and mapped. Others are checked and read every time."""
+    order, extra, kind, tail = layout
+    for seed in range(2):  # the second time over the first, in files of the same size
+        tensors = {name: tensor.astype(kind) for name, tensor in random_tensors(ODD, seed).items()}
+        others = {name: np.ones((3, 5), kind) for name in extra}
+        write_checkpoint(models / OWN, ODD, tensors | others, lambda names: list(order(sorted(names))))
+        (models / OWN / DATA).write_bytes((models / OWN / DATA).read_bytes() + tail)
+        for number in range(3):
+            params, said = load(OWN)
+            np.testing.assert_equal(params, nested(tensors))
+            assert params["wte"].dtype == params["blocks"][-1]["ln_2"]["b"].dtype == np.float32
+            assert said == ("" if number and layout is LAYOUTS[0] else f"checking {OWN} …\n")
+            assert params["wte"].flags.writeable == (layout is not LAYOUTS[0])
+
+
+CHECKPOINTS = [None, 'model_checkpoint_path: "step-10" all_model_checkpoint_paths: "step-9"']
+CHECKPOINTS += [f'model_checkpoint_path: "{path}step-10"' for path in ("/there/", r"C:\\models\\", r"/jos\303\251/")]
+
+
+@pytest.mark.parametrize("text", CHECKPOINTS)
+def test_a_known_model_under_other_names_without_tensorflow(models, model, load, monkeypatch, text):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    os.rename(models / "2M", models / "[x]")
+    for suffix in ".index", DATA[10:]:
+        os.rename(models / f"[x]/model.ckpt{suffix}", models / f"[x]/step-10{suffix}")
+    os.remove(models / "[x]/checkpoint") if text is None else (models / "[x]/checkpoint").write_text(text)
+    params, said = load("[x]")
+    np.testing.assert_equal(params, model[2])
+    assert (said, load("[x]")[1]) == ("checking [x] …\n", "")
+
+
+@pytest.mark.parametrize("code", ["", "None.x", "raise TypeError('no x')", "import no_x", "raise OSError('x' * 99)"])
+def test_a_broken_tensorflow_is_named(models, load, monkeypatch, tmp_path, code):
+    (tmp_path / "tensorflow.py").write_text(code)
+    monkeypatch.delitem(sys.modules, "tensorflow")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="^(?!.*ckpt).*tensorflow.*(train|x)"):
+        load(OWN)
+
+
+def test_the_command_imports_tensorflow_once_and_for_unknown_models_only(models):
+    code = "import gpt2, sys, utils; utils.run(gpt2.cli); "
+    code += "print(sorted({'requests', 'tensorflow', 'numpy.random'}.intersection(sys.modules)))"
+    (models / "prompts").write_text("Once\n")
+    for name, prompt in ("2M", "Once"), (OWN, "--prompts_file=~/prompts"):
+        args = [sys.executable, "-c", code, prompt, f"--model_size={name}", "--models_dir=~"]
+        options = {"cwd": ROOT, "env": {**os.environ, "HOME": str(models)}, "capture_output": True}
+        first, second = (subprocess.run(args, check=True, encoding="utf-8", **options) for _ in range(2))
+        assert (first.stderr, second.stderr) == (f"checking {name} …\n", "")
+        text, modules = first.stdout.splitlines()
+        assert second.stdout == f"{text}\n[]\n" and ("tensorflow" in modules if name == OWN else modules == "[]")
+        assert text == GOLDEN[1]["text"] or text.startswith('{"prompt": "Once", "text": ')
 
 
 @pytest.fixture
@@ -37,124 +110,69 @@ def note(models, load):
     return models / "2M" / name
 
 
-LAYOUTS = {  # the order of the tensors, others between them, bytes behind them
-    "as released": (sorted, [], b""),
-    "reversed": (lambda names: sorted(names, reverse=True), [], b""),
-    "tensors between": (sorted, ["global_step", "model/wte/Adam", "zzz"], b""),
-    "bytes behind": (sorted, [], b"more"),
-}
+CHANGES = {"copied": lambda note: os.system(f"cd {note.parent} && mkdir x && cp -p m* x && mv x/* . && rmdir x")}
+CHANGES["half"] = lambda note: note.write_bytes(note.read_bytes()[:-1])
+CHANGES["of others"] = lambda note: note.write_bytes(note.read_bytes().replace(b"7345152", b"7345153"))
+CHANGES["no text"] = lambda note: note.write_bytes(b"\xff\xfe")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(models, load, layout):
-    """As released: checked once and mapped. Others are checked and read every time."""
-    order, extra, tail = LAYOUTS[layout]
-    for seed in range(2):  # the second time over the first, in files of the same size
-        tensors = random_tensors(ODD, seed) | {name: np.ones((3, 5), np.float32) for name in extra}
-        write_checkpoint(models / "2M", ODD, tensors, order)
-        (models / "2M" / DATA).write_bytes((models / "2M" / DATA).read_bytes() + tail)
-        for number in range(3):
-            params, said = load()
-            assert_holds(params, ODD, tensors)
-            assert said == ("" if number and layout == "as released" else "checking 2M …\n")
-            assert params["wte"].flags.writeable == (layout != "as released")
-
-
-def test_a_checkpoint_of_another_name(models, load):
-    for suffix in ".index", ".data-00000-of-00001":
-        os.rename(models / f"2M/model.ckpt{suffix}", models / f"2M/step-10{suffix}")
-    (models / "2M/checkpoint").write_text('model_checkpoint_path: "/elsewhere/step-10"\n')
-    assert (load()[1], load()[1]) == ("checking 2M …\n", "")
-
-
-def test_only_the_first_run_imports_tensorflow(models):
-    def command(*before):
-        slow = "print(not {'requests', 'tensorflow', 'numpy.random'}.isdisjoint(sys.modules))"
-        code = "; ".join(["import gpt2, sys, utils", *before, "utils.run(gpt2.cli)", slow])
-        args = [sys.executable, "-c", code, "Once", "--model_size=2M", f"--models_dir={models}"]
-        return subprocess.run(args, cwd=ROOT, check=False, capture_output=True, encoding="utf-8")
-
-    assert "pip install" in error_of(command("sys.modules['tensorflow'] = None"))
-    for is_imported, said in (True, "checking 2M …\n"), (False, ""):
-        result = command()
-        assert (result.stdout, result.stderr) == (f"{GOLDEN[1]['text']}\n{is_imported}\n", said)
-
-
-def test_the_models_folder_is_the_one_beside_the_code(tmp_path):
-    result = run("Once", "--model_size=2M", cwd=tmp_path)
-    assert (result.stdout, result.stderr) == (GOLDEN[1]["text"] + "\n", "")
-
-
-CHANGES = {
-    "touched data": lambda note: os.utime(note.parent / DATA),
-    "touched index": lambda note: os.utime(note.parent / INDEX),
-    "copied": lambda note: os.system(f"cd {note.parent} && mkdir new && cp -p model* new && mv new/* . && rmdir new"),
-    "part of a note": lambda note: note.write_bytes(note.read_bytes()[:-1]),
-    "note of others": lambda note: note.write_bytes(note.read_bytes().replace(b"7345152", b"7345153")),
-    "no text": lambda note: note.write_bytes(b"\xff\xfe"),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [*FILES, *CHANGES])
 def test_what_has_changed_is_checked_again_once(model, load, note, change):
-    CHANGES[change](note)
+    CHANGES[change](note) if change in CHANGES else os.utime(note.parent / change)
     params, said = load()
     assert (said, load()[1]) == ("checking 2M …\n", "")
     np.testing.assert_equal(params, model[2])
 
 
-def test_a_note_that_cannot_be_written_is_no_error(model, load, note):
+@pytest.mark.parametrize("name", FILES)
+def test_what_changes_while_it_is_checked_is_checked_again(models, load, monkeypatch, name):
+    write = sys.stderr.write
+    monkeypatch.setattr(sys.stderr, "write", lambda text: [write(text), os.utime(models / "2M" / name)])
+    assert load()[1] == load()[1] == "checking 2M …\n"
+
+
+@pytest.mark.parametrize("place", [lambda note: note.symlink_to("/none/note"), lambda note: note.mkdir()])
+def test_a_note_that_cannot_be_read_or_written_is_no_error(model, load, note, place):
     note.unlink()
-    note.symlink_to("/none/note")
+    place(note)
     for _ in range(2):
         params, said = load()
         np.testing.assert_equal(params, model[2])
-        assert said.startswith("checking 2M …\n") and str(note) in said
+        assert said.startswith("checking 2M …\n") and str(note.name) in said
 
 
 FLIP = lambda match: bytes([match[0][0] ^ 16])
-LAST_TOKEN, LAST_MERGE = ("encoder.json", rb', "[^"]+": 2046', b""), ("vocab.bpe", rb"[^\n]+\n\Z", b"")
-DAMAGE = [  # what the message must have; and what happens: in this file, this pattern is replaced by that
-    *((name, (name, rb"\A.*", b"")) for name in ("checkpoint", "hparams.json", "encoder.json", "vocab.bpe")),
-    (DATA[10:], (DATA, rb".\Z", b"")),
-    *((DATA[10:], (DATA, pattern, FLIP)) for pattern in (rb"\A.", rb".\Z")),
-    (INDEX, (INDEX, rb"ln_f", b"ln_g")),
-    ("hparams.json.*n_ctx", ("hparams.json", rb'"n_ctx": 256, ', b"")),
-    *(("hparams.json", ("hparams.json", rb": 6}", new)) for new in (b": 0}", b": 5}", b": 7}")),
-    *(("hparams.json", ("hparams.json", *change)) for change in ((rb"144", b"144.0"), (rb": 4,", b": 5,"))),
-    ("hparams.json", ("hparams.json", rb"256(.*)6", rb"1997\g<1>5")),  # a layer less, and as many positions more
-    *((change[0], change) for change in (LAST_TOKEN, LAST_MERGE)),
-    ("2047 tokens", LAST_TOKEN, LAST_MERGE),
-]
+DAMAGE = [(name, rb"\A.*", new) for name in FILES for new in (b"", b"<p>", None)]  # None: it is missing
+DAMAGE += [("checkpoint", rb"\A.*", new) for new in (b"", b"<p>")]
+DAMAGE += [(DATA, rb".\Z", b""), (DATA, rb"\A.", FLIP), (DATA, rb".\Z", FLIP), (INDEX, rb"ln_f", b"ln_g")]
+DAMAGE += [("hparams.json", rb'"n_ctx": \d+, ', b""), ("hparams.json", rb'"n_head": \d', b'"n_head": 7')]
+DAMAGE += [("hparams.json", rb": \d+}", new) for new in (b": 0}", b": 5}", b": 12}", b": 6.0}")]
+A_LAYER_LESS = (b"1997", b"5"), (b"509", b"10")  # and as many positions more, so that the size is the same
+DAMAGE += [("hparams.json", rb'("n_ctx": )\d+(.*: )\d+}', rb"\g<1>%b\g<2>%b}" % numbers) for numbers in A_LAYER_LESS]
+DAMAGE += [("vocab.bpe", rb"W h\n\Z", b"W j\n"), ("vocab.bpe", rb"[^\n]+\n\Z", b""), ("encoder.json", b'"!"', b'"!!"')]
+DAMAGE += [("encoder.json", b"endoftext", b"end"), ("encoder.json", rb', "[^"]+": 2046', b"")]
+DAMAGE += [("encoder.json", b"2046", new) for new in (b"2045", b"2048", b'"2046"')]
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "hparams.json", "encoder.json", "vocab.bpe", INDEX, DATA])
-def test_a_missing_file_is_named(models, load, note, name):
-    (models / "2M" / name).unlink()
-    with pytest.raises((ValueError, OSError), match="no model '2M'" if name == "checkpoint" else name):
-        load()
+@pytest.mark.parametrize("model_size", ["2M", OWN])
+@pytest.mark.parametrize(("name", "pattern", "new"), DAMAGE)
+def test_a_damaged_file_is_named(models, load, monkeypatch, model_size, name, pattern, new):
+    """That it was whole when it was checked is no help, even if the time of change is set back."""
+    monkeypatch.setitem(sys.modules, "tensorflow", None if model_size == "2M" else sys.modules["tensorflow"])
+    load(model_size)
+    path, times = models / model_size / name, (models / model_size / name).stat()
+    damaged, n_found = re.subn(pattern, new or b"", path.read_bytes(), count=1, flags=re.DOTALL)
+    assert n_found == 1
+    path.write_bytes(damaged)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns)) if new is not None else path.unlink()
+    with pytest.raises((ValueError, OSError), match=name.replace("model.ckpt.data", r"\.data")):
+        load(model_size)
 
 
-@pytest.mark.parametrize(("words", "damage"), [(words, damage) for words, *damage in DAMAGE])
-def test_a_damaged_file_is_named(models, load, note, words, damage):
-    """That it was whole when it was checked is no help, even if the times of change are set back."""
-    for name, pattern, new in damage:
-        path, times = models / "2M" / name, (models / "2M" / name).stat()
-        data, n_found = re.subn(pattern, new, path.read_bytes(), count=1, flags=re.DOTALL)
-        assert n_found == 1
-        path.write_bytes(data)
-        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises((ValueError, OSError), match=words):
-        load()
-
-
-def test_a_mistake_on_the_command_line_is_one_line(models):
-    (models / "a folder").mkdir()
-    (models / "a file").touch()
-    line = error_of(run("Once", "--model_size=3M", f"--models_dir={models}"))
-    assert re.findall(r"\d+M\b|a f\w+", line) == ["3M", "2M", "124M", "355M", "774M", "1558M"]
-    os.truncate(models / "2M" / DATA, 9)
-    assert DATA[10:] in error_of(run("Once", "--model_size=2M", f"--models_dir={models}"))
+def test_hparams_of_another_model_of_the_same_size(models):
+    hparams = {**utils.HPARAMS["2M"], "n_ctx": 1997, "n_layer": 5}
+    with pytest.raises(ValueError, match="hparams"):
+        utils.load_gpt2_params_from_tf_ckpt(str(models / "2M/model.ckpt"), hparams)
 
 
 @pytest.mark.parametrize("other", [{}, {"model/h10/mlp/c_fc/w": np.zeros((144, 36), np.float32)}])
@@ -162,6 +180,19 @@ def test_a_tensor_that_does_not_fit_is_named(models, load, other):
     """It is missing, or it has another shape of the same size."""
     tensors = random_tensors(ODD) | {"zzz": np.zeros(36 * 144, np.float32)}
     tensors.pop("model/h10/mlp/c_fc/w")
-    write_checkpoint(models / "2M", ODD, tensors | other)
+    write_checkpoint(models / OWN, ODD, tensors | other)
     with pytest.raises(ValueError, match="model/h10/mlp/c_fc/w.*144"):
-        load()
+        load(OWN)
+
+
+def test_on_the_command_line(models, tmp_path):
+    """The models folder is the one beside the code. A mistake is one line."""
+    result = run("Once", "--model_size=2M", cwd=tmp_path)
+    assert (result.stdout, result.stderr) == (GOLDEN[1]["text"] + "\n", "")
+    (models / "a folder").mkdir()
+    (models / "a file").touch()
+    line = error_of(run("Once", "--model_size=3M", f"--models_dir={models}"))
+    assert re.findall(r"own|\d+M\b|a f\w+", line) == ["3M", "2M", "own", "124M", "355M", "774M", "1558M"]
+    (tmp_path / "tensorflow.py").touch()
+    line = error_of(run("Once", f"--model_size={OWN}", f"--models_dir={models}", env={"PYTHONPATH": str(tmp_path)}))
+    assert "tensorflow" in line and "pip install" in line

@@ -29,7 +29,7 @@ def random_ids(*shape, n_vocab=HPARAMS["n_vocab"], seed=0):
     return np.random.default_rng(seed).integers(n_vocab, size=shape).tolist()
 
 
-# ---- Each function, from its formula, number by number in float64 -----------------------------------------------------
+# ---- Each function, from its formula, number by number in float64 ----------------------------------------------------
 # Vectors are lists of floats, matrices lists of rows.
 
 
@@ -259,7 +259,7 @@ def test_in_a_batch_as_alone(module, monkeypatch, lengths):
 
 
 def test_prefill(monkeypatch):
-    """About 256 tokens at a time go through gpt2.py's model, whatever the batch; the last pass gives the first token."""
+    """About 256 tokens at a time go through gpt2.py's model, whatever the batch; the last pass gives the first id."""
     calls = recorded(gpt2, monkeypatch)
     gpt2.generate(random_ids(5, 300), random_params(), N_HEAD, 1)
     sizes = [ids.size for ids, *_ in calls]
@@ -285,7 +285,7 @@ def test_what_generate_takes(module, kind):
 
 
 def test_context_length(module, model):
-    """A prompt and its new tokens may fill the context length to the last token; one more is refused, for each prompt."""
+    """A prompt and its new tokens may fill the context length to the last token; with one more, any is refused."""
     encoder, hparams, _ = model
     n_ctx, text = hparams["n_ctx"], " the" * 200
     n_ids = len(encoder.encode(text))
@@ -317,7 +317,7 @@ def test_weights_that_are_not_numbers(module, name):
     weights[2] = np.nan
     for options in [{}, {"seed": 1}][: 1 + (module is gpt2)]:
         with pytest.raises(ValueError, match="weights"), np.errstate(all="ignore"):
-            module.generate([1, 2, 1, 0], params, N_HEAD, 3, **options)
+            module.generate([1, 2, 1, 0], params, N_HEAD, 1, **options)
 
 
 # ---- The files ------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_definition(case):
         np.testing.assert_allclose(result, expected, rtol=1e-9)
 
 
-# softmax of what HF transformers 5.23.0 (torch 2.13.0, float64) gives for these logits with its TemperatureLogitsWarper,
+# softmax of what HF transformers 5.23.0 (torch 2.13, float64) gives for these logits with its TemperatureLogitsWarper,
 # TopKLogitsWarper and TopPLogitsWarper, one after the other
 LOGITS = [2.5, -1.0, 0.3, 1.7, -4.2, 0.4, 2.1, -0.6]
 BY_HF = {
