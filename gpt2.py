@@ -9,7 +9,7 @@ import sys
 from functools import partial
 
 if __name__ == "__main__":
-    from utils import run  # before NumPy: utils says it in one line if that is missing
+    from utils import run  # before NumPy: if that is missing, utils says so in one line
 
 import numpy as np
 
@@ -19,15 +19,16 @@ import numpy as np
 #      are added, as attention by itself takes no notice of order. The sums are the rows of x, one row a token.
 #   2. x passes through n_layer blocks, or layers. In each, attention brings a token what it needs from itself and the
 #      tokens before it, then a feed-forward network works on each token alone. Both add what they find to x.
-#   3. Each row, normalised once more, is compared with the embeddings of all tokens. That gives the logits: a score for
-#      each token of the vocabulary, higher if it is more likely to come next. A softmax turns them into probabilities.
+#   3. After a last layer_norm, each row is compared with the embeddings of all tokens. That gives the logits: a score
+#      for each token of the vocabulary, higher if it is more likely to come next. Softmax makes them probabilities.
 # The weights (w, b, g, wte, wpe) were learned by predicting the next token in 40 GB of text. No position may look
 # ahead, or it would copy the answer. To train, begin with small random weights, take as loss the mean of
 # -log(probability) of the tokens that do come next, and change all weights by small steps against its gradient, text
-# after text. JAX computes it with jax.numpy in place of np: without a cache, no function here changes its arguments.
+# after text. The library JAX computes gradients of functions that do not change their arguments, as these do not
+# without a cache: put jax.numpy in place of np.
 #
-# Shapes stand at the end of a line; "..." is nothing or a batch axis. OpenAI's 124M (million weights): n_vocab = 50257
-# tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 768 / 12 = 64.
+# Shapes stand at the end of a line; "..." is any leading axes, or none. OpenAI's 124M (million weights) has n_vocab =
+# 50257 tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 64.
 
 
 def gelu(x):
@@ -83,7 +84,7 @@ def mha(x, c_attn, c_proj, n_head, positions=None, remember=None):
     x has the tokens of all sequences, one below the other. positions [..., n_seq] says where each stands in its own.
     """
     positions = np.arange(len(x)) if positions is None else positions  # None: x is one sequence
-    qkv = linear(x, **c_attn)  # attention's q, k and v for all heads in one product: [n_tokens, 3 * n_embd]
+    qkv = linear(x, **c_attn)  # the layer for attention: q, k and v of all heads at once: [n_tokens, 3 * n_embd]
     qkv = qkv.reshape(*positions.shape, 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
     if remember:  # with a cache this is extend() below: it keeps k and v, and returns those of all positions so far
@@ -93,14 +94,17 @@ def mha(x, c_attn, c_proj, n_head, positions=None, remember=None):
     key_positions = np.arange(k.shape[-2])  # [n_key]
     mask = np.where(key_positions <= query_positions, np.float32(0), np.float32(-np.inf))  # [..., 1, n_seq, n_key]
     heads = attention(q, k, v, mask).swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
-    return linear(heads.reshape(x.shape), **c_proj)  # side by side again, then mixed: [n_tokens, n_embd]
+    return linear(
+        heads.reshape(x.shape), **c_proj
+    )  # the projection mixes what the heads have found: [n_tokens, n_embd]
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, remember=None):
     """Attention moves information between tokens, then ffn (mlp: multilayer perceptron) works on it.
 
     Both add to x instead of replacing it: nothing found before is lost, and a block need only learn what to add. They
-    read x normalised, since it grows from block to block, but weights fit numbers of one size. x itself stays.
+    read a normalised copy, since x grows from block to block, but weights fit numbers of one size. To normalise x
+    itself, after adding, would shrink what the blocks before have found.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, positions=positions, remember=remember)
     return x + ffn(layer_norm(x, **ln_2), **mlp)  # [n_tokens, n_embd]
@@ -153,13 +157,13 @@ def prefill(prompts, model):
     behind the last new token are never seen at all.
 
     A call takes about 256 tokens, to bound the memory. It returns logits for its last column only, which for a short
-    prompt is a pad. So first come all columns but the last n_last, then one call with each prompt's own last n_last
-    tokens, some of them a second time. For prompts of 3 and 600 tokens: four calls on [2, 128] ids, one on [2, 85], and
-    the last on [2, 3], at positions 0-2 and 597-599.
+    prompt is a pad. So first come all columns but the last few (n_last), then one call with each prompt's own last
+    n_last tokens, some a second time, with the same result. For prompts of 3 and 600 tokens: four calls on [2, 128]
+    ids, one on [2, 85], and the last on [2, 3], at positions 0-2 and 597-599.
     """
     n_batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts])
     longest, at_once = lengths.max(), max(1, 256 // n_batch)
-    n_last = min(at_once, lengths.min())  # 1 would do; but so prompts that are equally long and short take one call
+    n_last = min(at_once, lengths.min())  # 1 would do; with this, short prompts of one length take a single call
     padded = np.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # [n_batch, longest]
     for first in range(0, longest - n_last, at_once):
         positions = np.tile(np.arange(first, min(first + at_once, longest - n_last)), (n_batch, 1))  # [n_batch, n_seq]
@@ -297,7 +301,7 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
         n_tokens_to_generate: how many tokens to generate at most
         model_size: 124M, 355M, 774M or 1558M, 2M (included), or a folder's name
         models_dir: the folder of the models; by default the one beside gpt2.py
-        temperature: below 1 favours probable tokens more, above 1 less
+        temperature: below 1 favours probable tokens more, above 1 less; 0: greedy
         top_k: draw from the k most probable tokens
         top_p: draw from the fewest tokens that together have this probability
         seed: a whole number; the same one gives the same text again
@@ -309,7 +313,7 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
     options = check_options(model_size, **options, top_k=top_k, top_p=top_p, seed=seed)
     prompts = read_prompts(prompts, prompt, prompts_file)
     if seed is None and options["seed"] is not None and sys.stderr.isatty():
-        print(f"--seed {options['seed']}", file=sys.stderr)  # with it the text can be had again
+        print(f"--seed {options['seed']}", file=sys.stderr)  # drawn by check_options; with it the text can be had again
     texts = partial(complete, loaded=load_encoder_hparams_and_params(model_size, models_dir), **options)
     if prompts_file is not None:
         write_json_lines(prompts, options["batch_size"], texts)

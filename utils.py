@@ -20,10 +20,11 @@ import sys
 import time
 from pathlib import Path
 
+PACKAGES = "numpy regex requests tqdm fire"  # all that 2M and 124M need
 try:
     import numpy as np
 except ImportError as error:
-    sys.exit(f"error: {error}; pip install -r requirements.txt")
+    sys.exit(f"error: {error}; pip install {PACKAGES}")
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # or what GPT2_MODELS_URL in the environment says
 SUFFIX = ".data-00000-of-00001"
@@ -174,7 +175,7 @@ def fetch(url, part, size, total):
 
 # ---- Check and map --------------------------------------------------------------------------------------------------
 
-MEND = "if it is damaged, put a good copy in its place (a released model: delete it, the next run fetches it)"
+MEND = "put a good copy in its place (2M: git checkout models; a released model: delete it, the next run fetches it)"
 
 
 @contextlib.contextmanager
@@ -299,7 +300,8 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     files = {name: data.parent / name for name in ("encoder.json", "vocab.bpe", "hparams.json")}
     files = {name: path for name, path in files.items() if path.exists()}
     files |= {"model.ckpt.index": Path(tf_ckpt_path + ".index"), DATA: data}
-    stats = {name: path.stat() for name, path in files.items()}
+    with reading(f"{tf_ckpt_path}.index or {SUFFIX}"):
+        stats = {name: path.stat() for name, path in files.items()}
     checked = json.dumps([[[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in stats.values()], hparams])
     shapes = tensor_shapes(hparams)
     if stats[DATA].st_size == data_size(hparams):
@@ -337,9 +339,13 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
     names, checkpoint = [path.stem for path in model_dir.glob("*.index")], model_dir / "checkpoint"
     if checkpoint.exists():
         with reading(checkpoint):  # its first line: model_checkpoint_path: "model.ckpt"
-            named = re.search('model_checkpoint_path: "(.*?)"', checkpoint.read_text("utf-8"))[1]
-            names = re.split(r"[/\\]", named)[-1:]  # it may be a path on another machine
-    if len(names) != 1:
+            named = re.search('model_checkpoint_path: "(.*?)"', checkpoint.read_text("utf-8"))
+            if not named:
+                raise ValueError("it names no checkpoint")
+            names = re.split(r"[/\\]", named[1])[-1:]  # it may be a path on another machine
+    if len(names) > 1:
+        raise ValueError(f"{model_dir} has no file named checkpoint that says which one to load of {', '.join(names)}")
+    if not names:
         there = ", ".join(sorted({path.parent.name for path in models_dir.glob("*/*.index")})) or "none"
         raise ValueError(f"no model {model_size!r} in {models_dir}; there: {there}; to fetch: {', '.join(RELEASED)}")
     hparams = load_hparams(model_dir / "hparams.json")
@@ -364,7 +370,7 @@ def check_options(model_size=None, **options):
     }  # fmt: skip
     for name, value in options.items():
         if name not in ranges:
-            raise TypeError(f"there is no option {name!r}; there are: {', '.join(ranges)}")
+            raise TypeError(f"unexpected option {name!r}")
         (kind, low, high), number = ranges[name], math.nan  # nan is in no range
         if value is not None:
             with contextlib.suppress(ValueError):
@@ -414,12 +420,12 @@ def read_prompts(prompts, prompt, prompts_file):
     lines = (line.removesuffix("\n").removesuffix("\r") for line in lines)
     if prompts_file is None or os.path.isfile(path):
         lines = list(lines)
-        if lines and lines[0].startswith(("\udcff\udcfe", "\udcfe\udcff")):  # a byte order mark
+        if lines and re.match("\udcff\udcfe|\udcfe\udcff|.?\0", lines[0]):  # its byte order mark, or half a letter
             raise ValueError(f"{prompts_file or 'standard input'} is UTF-16 text, not UTF-8")
     return lines
 
 
-def plain(error, text="the text"):
+def plain(error, text="a prompt"):
     """What an error says, in one line."""
     if isinstance(error, UnicodeError):
         return f"{text} is not UTF-8"
@@ -457,12 +463,12 @@ def write_json_lines(lines, batch_size, texts):
         for line, answer in zip(batch, answers(batch, first_row)):
             line = line.encode(errors="surrogateescape").decode(errors="replace")
             print(json.dumps({"prompt": line, **answer}), flush=True)
-            bar.update()
             n_errors += "error" in answer
         first_row += len(batch)
+        bar.update(len(batch))
     bar.close()
     if n_errors:
-        raise ValueError(f"{n_errors} prompts have no text; their lines say why")
+        raise ValueError(f"no text for {n_errors} of {first_row} prompts; their lines say why")
 
 
 def ask(texts):
@@ -536,5 +542,6 @@ def run(function):
     except (ImportError, MemoryError, OSError, ValueError) as error:
         if is_process:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop unwritten text
-        hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
+        needed = "-r requirements.txt" if "tensorflow" in str(error) else PACKAGES
+        hint = f"; pip install {needed}" if isinstance(error, ImportError) else ""
         sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {plain(error)}{hint}")  # 141 is 128 + SIGPIPE

@@ -346,6 +346,7 @@ def test_a_random_seed_is_told():
     told, out, returncode = terminal.end()
     one, another = texts_of(["Once", "Once"], 40, batch_size=1, top_k=9, seed=re.search(r"seed\D(\d+)\n", told)[1])
     assert one != another and (out, returncode) == (f"{one}\n{another}\n", 0)
+    assert run("Once", *SHORT, "--top_k=9").stderr == ""  # no terminal
     terminal = Terminal("Once", "-n=3", "--seed=0", first="", stdout=subprocess.PIPE)
     assert terminal.end() == ("", texts_of("Once", seed=0) + "\n", 0)
 

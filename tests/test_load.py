@@ -15,6 +15,7 @@ ODD = {"n_vocab": 2048, "n_ctx": 64, "n_embd": 36, "n_head": 3, "n_layer": 11}  
 OWN = "own [v2]"  # the folder of a model that nobody knows
 VOCABULARY, INDEX, DATA = ["encoder.json", "vocab.bpe"], "model.ckpt.index", "model.ckpt.data-00000-of-00001"
 FILES = ["hparams.json", *VOCABULARY, INDEX, DATA]  # and checkpoint
+NOTE = "model.ckpt.checked.json"  # of the first run, which checks, for later runs
 
 
 @pytest.fixture
@@ -41,25 +42,26 @@ def load(models, monkeypatch, capfd):
 
 
 # The order of the tensors, others between them, their type, bytes behind them.
-LAYOUTS = [(sorted, [], "f4", b""), (sorted, [], "f2", b""), (sorted, [], "f4", b"more")]
-LAYOUTS += [(reversed, [], "f4", b""), (sorted, ["global_step", "model/wte/Adam", "zzz"], "f4", b"")]
+LAYOUTS = [(ODD, sorted, [], "f4", b""), (utils.HPARAMS["2M"], sorted, [], "f4", b"")]  # as released
+LAYOUTS += [(ODD, sorted, [], "f2", b""), (ODD, sorted, [], "f4", b"more"), (ODD, reversed, [], "f4", b"")]
+LAYOUTS += [(ODD, sorted, ["global_step", "model/wte/Adam", "zzz"], "f4", b"")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(models, load, layout):
-    """As released, which is the first: checked once and mapped. Others are checked and read every time."""
-    order, extra, kind, tail = layout
+    """As released: checked once and mapped. Others are checked and read every time."""
+    (hparams, order, extra, kind, tail), is_mapped = layout, layout in LAYOUTS[:2]
     for seed in range(2):  # the second time over the first, in files of the same size
-        tensors = {name: tensor.astype(kind) for name, tensor in random_tensors(ODD, seed).items()}
+        tensors = {name: tensor.astype(kind) for name, tensor in random_tensors(hparams, seed).items()}
         others = {name: np.ones((3, 5), kind) for name in extra}
-        write_checkpoint(models / OWN, ODD, tensors | others, lambda names: list(order(sorted(names))))
+        write_checkpoint(models / OWN, hparams, tensors | others, lambda names: list(order(sorted(names))))
         (models / OWN / DATA).write_bytes((models / OWN / DATA).read_bytes() + tail)
         for number in range(3):
             params, said = load(OWN)
             np.testing.assert_equal(params, nested(tensors))
             assert params["wte"].dtype == params["blocks"][-1]["ln_2"]["b"].dtype == np.float32
-            assert said == ("" if number and layout is LAYOUTS[0] else f"checking {OWN} …\n")
-            assert params["wte"].flags.writeable == (layout is not LAYOUTS[0])
+            assert said == ("" if number and is_mapped else f"checking {OWN} …\n")
+            assert params["wte"].flags.writeable != is_mapped
 
 
 CHECKPOINTS = [None, 'model_checkpoint_path: "step-10" all_model_checkpoint_paths: "step-9"']
@@ -78,12 +80,12 @@ def test_a_known_model_under_other_names_without_tensorflow(models, model, load,
     assert (said, load("[x]")[1]) == ("checking [x] …\n", "")
 
 
-@pytest.mark.parametrize("code", ["", "None.x", "raise TypeError('no x')", "import no_x", "raise OSError('x' * 99)"])
+@pytest.mark.parametrize("code", ["", "None.why", "raise TypeError('why')", "import why", "raise OSError('why')"])
 def test_a_broken_tensorflow_is_named(models, load, monkeypatch, tmp_path, code):
     (tmp_path / "tensorflow.py").write_text(code)
     monkeypatch.delitem(sys.modules, "tensorflow")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match="^(?!.*ckpt).*tensorflow.*(train|x)"):
+    with pytest.raises(ImportError, match="^(?!.*ckpt).*tensorflow.*(train|why)"):
         load(OWN)
 
 
@@ -101,24 +103,15 @@ def test_the_command_imports_tensorflow_once_and_for_unknown_models_only(models)
         assert text == GOLDEN[1]["text"] or text.startswith('{"prompt": "Once", "text": ')
 
 
-@pytest.fixture
-def note(models, load):
-    """What the first run, which checks, leaves beside the files of 2M, for later runs."""
-    before = set(os.listdir(models / "2M"))
-    assert (load()[1], load()[1]) == ("checking 2M …\n", "")
-    [name] = set(os.listdir(models / "2M")) - before
-    return models / "2M" / name
-
-
 CHANGES = {"copied": lambda note: os.system(f"cd {note.parent} && mkdir x && cp -p m* x && mv x/* . && rmdir x")}
-CHANGES["half"] = lambda note: note.write_bytes(note.read_bytes()[:-1])
 CHANGES["of others"] = lambda note: note.write_bytes(note.read_bytes().replace(b"7345152", b"7345153"))
-CHANGES["no text"] = lambda note: note.write_bytes(b"\xff\xfe")
+CHANGES |= {"half": lambda note: os.truncate(note, 99), "no text": lambda note: note.write_bytes(b"\xff\xfe")}
 
 
 @pytest.mark.parametrize("change", [*FILES, *CHANGES])
-def test_what_has_changed_is_checked_again_once(model, load, note, change):
-    CHANGES[change](note) if change in CHANGES else os.utime(note.parent / change)
+def test_what_has_changed_is_checked_again_once(models, model, load, change):
+    load()
+    CHANGES[change](models / "2M" / NOTE) if change in CHANGES else os.utime(models / "2M" / change)
     params, said = load()
     assert (said, load()[1]) == ("checking 2M …\n", "")
     np.testing.assert_equal(params, model[2])
@@ -132,18 +125,16 @@ def test_what_changes_while_it_is_checked_is_checked_again(models, load, monkeyp
 
 
 @pytest.mark.parametrize("place", [lambda note: note.symlink_to("/none/note"), lambda note: note.mkdir()])
-def test_a_note_that_cannot_be_read_or_written_is_no_error(model, load, note, place):
-    note.unlink()
-    place(note)
+def test_a_note_that_cannot_be_read_or_written_is_no_error(models, model, load, place):
+    place(models / "2M" / NOTE)
     for _ in range(2):
         params, said = load()
         np.testing.assert_equal(params, model[2])
-        assert said.startswith("checking 2M …\n") and str(note.name) in said
+        assert said.startswith("checking 2M …\n") and NOTE in said
 
 
 FLIP = lambda match: bytes([match[0][0] ^ 16])
-DAMAGE = [(name, rb"\A.*", new) for name in FILES for new in (b"", b"<p>", None)]  # None: it is missing
-DAMAGE += [("checkpoint", rb"\A.*", new) for new in (b"", b"<p>")]
+DAMAGE = [(name, rb"\A.*", new) for name in (*FILES, "checkpoint") for new in (b"", b"<p>", None)][:-1]  # None: missing
 DAMAGE += [(DATA, rb".\Z", b""), (DATA, rb"\A.", FLIP), (DATA, rb".\Z", FLIP), (INDEX, rb"ln_f", b"ln_g")]
 DAMAGE += [("hparams.json", rb'"n_ctx": \d+, ', b""), ("hparams.json", rb'"n_head": \d', b'"n_head": 7')]
 DAMAGE += [("hparams.json", rb": \d+}", new) for new in (b": 0}", b": 5}", b": 12}", b": 6.0}")]
@@ -169,10 +160,16 @@ def test_a_damaged_file_is_named(models, load, monkeypatch, model_size, name, pa
         load(model_size)
 
 
-def test_hparams_of_another_model_of_the_same_size(models):
-    hparams = {**utils.HPARAMS["2M"], "n_ctx": 1997, "n_layer": 5}
-    with pytest.raises(ValueError, match="hparams"):
-        utils.load_gpt2_params_from_tf_ckpt(str(models / "2M/model.ckpt"), hparams)
+def test_the_weights_alone(models, monkeypatch):
+    """No other file is needed, and the hparams must be the right ones, even if others give the same size."""
+    monkeypatch.setenv("HOME", str(models))
+    for name in FILES[:3]:
+        os.remove(models / OWN / name)
+    params = utils.load_gpt2_params_from_tf_ckpt(f"~/{OWN}/model.ckpt", ODD)
+    np.testing.assert_equal(params, nested(random_tensors(ODD)))
+    utils.load_gpt2_params_from_tf_ckpt("~/2M/model.ckpt", utils.HPARAMS["2M"])
+    with pytest.raises(ValueError):
+        utils.load_gpt2_params_from_tf_ckpt("~/2M/model.ckpt", utils.HPARAMS["2M"] | {"n_ctx": 1997, "n_layer": 5})
 
 
 @pytest.mark.parametrize("other", [{}, {"model/h10/mlp/c_fc/w": np.zeros((144, 36), np.float32)}])

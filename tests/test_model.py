@@ -279,7 +279,7 @@ def test_what_generate_takes(module, kind):
     ragged[:] = prompts
     for batch in prompts[:1], tuple(prompts), ragged:
         rows = module.generate(batch, *args, 6)
-        assert len(rows) == len(batch) and rows[0] == new
+        assert len(rows) == len(batch) and rows[0] == new and {type(id) for row in rows for id in row} == {int}
         assert module.generate(batch, *args, 0) == [[] for _ in batch]
     assert module.generate(prompts[0], *args, 0) == [] and list(prompts[0]) == [1, 2, 30]
 
