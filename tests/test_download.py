@@ -109,6 +109,7 @@ def server(vocabulary, tmp_path, monkeypatch):
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", impatient_send)
     monkeypatch.setattr(time, "sleep", server.pauses.append)
     monkeypatch.setenv("GPT2_MODELS_URL", server.url)
+    monkeypatch.setenv("HOME", str(tmp_path))
     threading.Thread(target=server.serve_forever, args=[0.01]).start()
     yield server
     server.go.set()
@@ -116,10 +117,9 @@ def server(vocabulary, tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_the_command_downloads_checks_and_runs_without_tensorflow(server, tmp_path, monkeypatch):
+def test_the_command_downloads_checks_and_runs_without_tensorflow(server, monkeypatch):
     server.folder = server.folder.parent / "124M"
     monkeypatch.setenv("GPT2_MODELS_URL", f"{server.url}/")
-    monkeypatch.setenv("HOME", str(tmp_path))
     code = "sys.modules['tensorflow'] = None; utils.run(gpt2.cli); print('requests' in sys.modules)"
     [first, said], second = [server.start(code, "Once", "--models_dir=~/new/models").communicate() for _ in range(2)]
     assert re.fullmatch(rf"fetching 124M.* {server.url}/124M .*{server.folder}\nchecking 124M …\n", said)
@@ -241,7 +241,7 @@ def test_another_run_says_that_it_waits_and_goes_on_where_one_is_killed(server, 
     """Once so many bytes of a file are sent, the server waits. SIGINT is Ctrl-C; 0: nobody kills it."""
     server.faults[name], runs, asked = iter([{"stop": stop}]), [], []
     for _ in range(2):
-        runs.append(server.start("utils.run(utils.download_gpt2_files)", "355M", server.folder))
+        runs.append(server.start("utils.run(utils.download_gpt2_files)", "355M", "~/new/models/355M"))
         assert server.stopped.wait(60)
     assert [runs[1].stderr.readline()[:7] for _ in range(2)] == ["fetchin", "waiting"] and not server.go.wait(0.3)
     size = sum(part.stat().st_size for part in server.folder.glob(f"{name}.part"))

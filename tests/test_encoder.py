@@ -138,8 +138,9 @@ def test_bpe_is_the_naive_method(merges, word):
     assert Encoder({"a": 0}, [" ".join(merge) for merge in merges]).bpe(word).split() == naive_bpe(word, merges)
 
 
-def test_ids_are_the_callers(encoder):
+def test_ids_are_the_callers():
     """What a caller does to a result does not reach a cache behind it; it can be sent to another process."""
+    encoder = get_encoder("2M", ROOT / "models")
     ids = [*encoder.encode(" again")]
     encoder.encode(" again").append(0)
     assert encoder.encode(" again") == pickle.loads(pickle.dumps(encoder)).encode(" again") == ids
