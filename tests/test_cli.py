@@ -147,7 +147,7 @@ def test_lines_do_not_depend_on_the_batch_nor_on_bad_lines(tmp_path, options):
     flags = [*(f"--{name}={value}" for name, value in options.items()), "--prompts_file", tmp_path / "prompts"]
     results = [run(*SMALL, *flags, f"--batch_size={n}") for n in (1, 4, 32)]
     assert len({(result.returncode, result.stdout, result.stderr) for result in results}) == 1
-    assert results[0].returncode == 1 and re.fullmatch(r"error: .*\b8\b.*\n", results[0].stderr)
+    assert results[0].returncode == 1 and re.fullmatch(r"error: \D*\b8\b.*\n", results[0].stderr)
     texts = texts_of(["" if line in BAD_LINES else line.decode() for line in lines], 40, **options)
     assert (texts[-1] == texts[-6]) == (not options)  # sampled: one prompt twice, two texts
     answers = map(json.loads, results[0].stdout.splitlines())
@@ -208,7 +208,7 @@ def test_what_is_refused(tmp_path, script, args):
     prompt = [] if "prompt" in args else ["It is True"]
     result = run(*prompt, "--models_dir", tmp_path / "two\nlines", *args.split(), script=script)
     if args in MISTYPED or ("pico" in script and re.match("--([bst]|prompts)", args)):  # -t may be three flags
-        assert (result.returncode, result.stdout) == (2, "") and "--model_size" in result.stderr
+        assert (result.returncode, result.stdout) == (2, "") and {script, "--model_size"} <= {*result.stderr.split()}
         assert not re.search("Traceback|\0|-- --help", result.stderr)
     else:
         assert re.search(REFUSED[args], error_of(result))

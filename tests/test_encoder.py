@@ -26,7 +26,7 @@ TEXTS = [
     "漢字かな交じり文。中文，한국어 ไทย", "שלום עולם، مرحبا بالعالم \u202eabc\u202c",
     "e\u0301 n\u0303 क्षि ğ\u0327\u0308 Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A", "\0 a\0\0b \x7f\x80\x9f", "\uffff\U0010ffff\ue000\u0378",
     "<|endoftext|> a<|endoftext|>b <|endoftext|", "def f(x):\n    return x**2  # comment\n\n\n\tif x != {}: pass",
-    "".join(map(chr, range(256))), "".join(bytes_to_unicode().values()),
+    "".join(map(chr, range(256))), "".join(bytes_to_unicode().values()), " ".join("ab" * n for n in range(30)),
 ]  # fmt: skip
 CHARACTERS = st.characters(exclude_categories=["Cs", "Cn"])  # what is unassigned is for each Unicode version to say
 PIECES = ["'s", "'ll", "'", " ", "  ", "\t", "\r\n", "\n", "a", "The", "é", "漢", "1", ".", "\u200d", "\u0301", "😀"]

@@ -1,5 +1,6 @@
 """The loader: the weights are those that were written, mapped or read, and nothing damaged is believed."""
 
+import json
 import os
 import re
 import subprocess
@@ -193,3 +194,13 @@ def test_on_the_command_line(models, tmp_path):
     (tmp_path / "tensorflow.py").touch()
     line = error_of(run("Once", f"--model_size={OWN}", f"--models_dir={models}", env={"PYTHONPATH": str(tmp_path)}))
     assert "tensorflow" in line and "pip install" in line
+
+
+def test_a_vocabulary_without_the_end_of_text_is_refused(models):
+    pieces = json.loads((models / "2M/encoder.json").read_text("utf-8"))
+    assert pieces.pop("<|endoftext|>") == 2047
+    (models / "2M/encoder.json").write_text(json.dumps(pieces), "utf-8")
+    hparams = {**ODD, "n_vocab": 2047}
+    write_checkpoint(models / "2M", hparams, random_tensors(hparams))
+    with pytest.raises(ValueError, match=r"encoder\.json"):
+        utils.load_encoder_hparams_and_params("2M", models)

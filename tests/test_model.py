@@ -293,6 +293,8 @@ def test_context_length(module, model):
     for prompt, n_new in (text, n_ctx - n_ids + 1), (" the" * n_ctx, 1), ("", n_ctx), (["a", text], n_ctx - n_ids + 1):
         with pytest.raises(ValueError, match=str(n_ctx)):
             module.main(prompt, n_new, "2M")
+    with pytest.raises(ValueError, match="1023"):  # before it would be fetched
+        module.main("", 1024, "124M", "nowhere")
 
 
 N_VOCAB, LONG = HPARAMS["n_vocab"], random_ids(HPARAMS["n_ctx"] - 3)

@@ -171,6 +171,7 @@ def test_frequencies(sample, model, options):
     [
         ({}, {}),
         ({"temperature": 0}, {}),
+        ({"temperature": 0, "seed": 3}, {}),
         ({"top_k": 1}, {}),
         ({"top_p": 1e-9}, {}),
         ({"seed": 3}, {"temperature": 1, "seed": 3}),
