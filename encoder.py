@@ -60,13 +60,12 @@ class Encoder:
 
         Start with single characters. Of all neighbours that may be joined, join the pair that was learned first (the
         leftmost, if it is there more than once). Repeat until no two neighbours may be joined. To search the whole word
-        for that pair after every join takes n * n steps; a heap, which always has the next pair on top, n log n.
+        for that pair after every join takes n * n steps; with a heap (first a sorted list) it takes n log n.
         """
         pieces = [*token, ""]  # the empty piece marks the end; no merge has an empty part
         after = [*range(1, len(pieces)), 0]  # in a ring: the right neighbour of pieces[i] is pieces[after[i]]
         before = [*range(-1, len(token))]  # and the left one pieces[before[i]]; -1 is the end piece
-        ranks = enumerate(map(self.rank, pieces, pieces[1:]))
-        heap = sorted((rank, i) for i, rank in ranks if rank is not None)  # a sorted list is a heap
+        heap = sorted((rank, i) for i, rank in enumerate(map(self.rank, pieces, pieces[1:])) if rank is not None)
         while heap:
             rank, i = heapq.heappop(heap)
             j = after[i]
