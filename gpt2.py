@@ -94,9 +94,7 @@ def mha(x, c_attn, c_proj, n_head, positions=None, remember=None):
     key_positions = np.arange(k.shape[-2])  # [n_key]
     mask = np.where(key_positions <= query_positions, np.float32(0), np.float32(-np.inf))  # [..., 1, n_seq, n_key]
     heads = attention(q, k, v, mask).swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
-    return linear(
-        heads.reshape(x.shape), **c_proj
-    )  # the projection mixes what the heads have found: [n_tokens, n_embd]
+    return linear(heads.reshape(x.shape), **c_proj)  # mixes what the heads have found: [n_tokens, n_embd]
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, remember=None):
