@@ -20,16 +20,15 @@ import sys
 import time
 from pathlib import Path
 
-PACKAGES = "numpy regex requests tqdm fire"  # all that 2M and 124M need
 try:
     import numpy as np
 except ImportError as error:
-    sys.exit(f"error: {error}; pip install {PACKAGES}")
+    sys.exit(f"error: {error}; pip install -r requirements.txt")
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # or what GPT2_MODELS_URL in the environment says
 SUFFIX = ".data-00000-of-00001"
-DATA = "model.ckpt" + SUFFIX
-FILES = ["encoder.json", "vocab.bpe", "hparams.json", "checkpoint", "model.ckpt.index", DATA]
+INDEX, DATA = "model.ckpt.index", "model.ckpt" + SUFFIX
+FILES = ["encoder.json", "vocab.bpe", "hparams.json", "checkpoint", INDEX, DATA]
 HPARAMS = {  # 2M comes with this repository, the others were released by OpenAI
     "2M": {"n_vocab": 2048, "n_ctx": 256, "n_embd": 144, "n_head": 4, "n_layer": 6},
     "124M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12},
@@ -43,11 +42,11 @@ SHA256 = {  # without a size: the same in all released models
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
-    "124M/model.ckpt.index": "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
+    f"124M/{INDEX}": "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
     f"124M/{DATA}": "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
     "2M/encoder.json": "9f7a2a3ccc86e905d2eb22854d9e8339f2adcecc89415466372c443c06be356e",
     "2M/vocab.bpe": "213b1c318a4ba986d2a6c0f4cf10e35712c34d5cf297a965709f578206ce8e43",
-    "2M/model.ckpt.index": "ef9a0e5ef43ca381db7fc49b7125e2926cc8643a5d187a43ac1c00f7feebf4db",
+    f"2M/{INDEX}": "ef9a0e5ef43ca381db7fc49b7125e2926cc8643a5d187a43ac1c00f7feebf4db",
     f"2M/{DATA}": "50ecec854c37892224624513065e7c3e8fe98c60fe698879207e9da94f2796f7",
 }
 
@@ -58,12 +57,9 @@ def download_gpt2_files(model_size, model_dir):
     """Fetch the files of a released model that model_dir lacks. Raises ValueError, or OSError if they cannot be had."""
     if model_size not in RELEASED:
         raise ValueError(f"{model_size!r} is no released model; these are: {', '.join(RELEASED)}")
-    model_dir = Path(os.path.expanduser(model_dir))
-    if (model_dir / "hparams.json").exists():
-        check_known(model_dir / "hparams.json", "hparams.json", model_size)
-    n_bytes = data_size(HPARAMS[model_size])
+    model_dir, n_bytes = Path(os.path.expanduser(model_dir)), data_size(HPARAMS[model_size])
 
-    def is_whole(path):  # another program may have left the beginning of the data file, or some page
+    def is_whole(path):  # another program may have left some page, or the beginning of the data file
         if path.name == "checkpoint":
             return path.exists() and b"model_checkpoint_path" in path.read_bytes()
         return path.exists() and (path.name != DATA or size_of(path) >= n_bytes)
@@ -93,12 +89,12 @@ def size_of(path):
 
 
 def download(url, path, model_size):
-    """Fetch url into path. A file that is not whole yet is named path.part, and the next try or run continues it."""
+    """Fetch url into path. Until it is whole and found right it is path.part, which the next try or run continues."""
     import ssl
 
     import requests
 
-    part, failures = Path(f"{path}.part"), 0
+    part, n_fruitless = Path(f"{path}.part"), 0
     total = {**SIZES, DATA: data_size(HPARAMS[model_size])}.get(path.name)  # None: not known
     if path.name == DATA and path.exists():
         path.replace(part)
@@ -108,7 +104,10 @@ def download(url, path, model_size):
         size = size_of(part)
         try:
             fetch(url, part, size, total)
-            break
+            if not is_right(part, path.name, model_size):
+                part.unlink()
+                raise ValueError(f"it is not OpenAI's {path.name}")
+            return part.replace(path)
         except (requests.RequestException, ValueError) as error:
             cause = error
             while cause.__context__:  # the first cause says it in plain words: "Connection refused"
@@ -117,18 +116,11 @@ def download(url, path, model_size):
             failure = f"cannot fetch {url}: {proxy}{getattr(cause, 'strerror', None) or cause}"
             if isinstance(error, ValueError) or isinstance(cause, ssl.CertificateError):  # to try again is no use
                 raise OSError(failure) from None
-            failures = 0 if size_of(part) > size else failures + 1
-            if failures == 5:
-                hint = "run again to go on where it stopped (--model_size 2M works without a network)"
-                raise OSError(f"{failure}; {hint}") from None
-            print(f"{failure}; trying again", file=sys.stderr, flush=True)
-            time.sleep(2**failures / 8)  # seconds
-    try:
-        check_known(part, path.name, model_size)
-    except ValueError:
-        part.unlink()
-        raise OSError(f"{url} is some other file than OpenAI's {path.name}") from None
-    part.replace(path)
+        n_fruitless = 0 if size_of(part) > size else n_fruitless + 1
+        if n_fruitless == 5:
+            raise OSError(f"{failure}; run again to go on where it stopped (--model_size 2M works without a network)")
+        print(f"{failure}; trying again", file=sys.stderr, flush=True)
+        time.sleep(2**n_fruitless / 8)  # seconds
 
 
 def fetch(url, part, size, total):
@@ -187,30 +179,29 @@ def reading(path):
         raise ValueError(f"cannot read {path} ({type(error).__name__}: {error}); {MEND}") from None
 
 
-def sha256_of(path):
-    """The SHA-256 of a file, which is mapped and not read into memory."""
-    return hashlib.sha256(np.memmap(path, np.uint8, "r") if path.stat().st_size else b"").hexdigest()
-
-
-def load_hparams(path):
-    """hparams.json: n_vocab, n_ctx, n_embd, n_head and n_layer. Raises ValueError."""
+def load_hparams(path, model_size):
+    """hparams.json: n_vocab, n_ctx, n_embd, n_head and n_layer. Raises ValueError, also if they are not model_size's."""
     with reading(path):
         hparams = json.loads(path.read_bytes())
         sizes = [hparams[key] for key in HPARAMS["2M"]]
         if not all(type(size) is int and 0 < size < 10**6 for size in sizes) or hparams["n_embd"] % hparams["n_head"]:
             raise ValueError(f"{hparams} makes no sense")
+        if not HPARAMS.get(model_size, {}).items() <= hparams.items():
+            raise ValueError(f"{model_size} has other numbers")
     return hparams
 
 
-def check_known(path, name, model_size):
-    """Raise ValueError if this is not the file of that name in a model whose files we know."""
+def is_right(path, name, model_size):
+    """Whether this is the file of that name in a model we know, as far as we know it."""
     if name == "hparams.json":
-        is_other = not HPARAMS[model_size].items() <= load_hparams(path).items()
-    else:
-        known = SHA256.get(f"{model_size}/{name}") or SHA256.get(name)
-        is_other = known is not None and sha256_of(path) != known
-    if is_other:
-        raise ValueError(f"{path} is not that of {model_size}; {MEND}")
+        with contextlib.suppress(ValueError):
+            return bool(load_hparams(path, model_size))
+        return False
+    if name == DATA and size_of(path) != data_size(HPARAMS[model_size]):
+        return False
+    known = SHA256.get(f"{model_size}/{name}") or SHA256.get(name)
+    content = np.memmap(path, np.uint8, "r") if known and size_of(path) else b""  # mapped, so not read into memory
+    return known in (None, hashlib.sha256(content).hexdigest())
 
 
 def tensor_shapes(hparams):
@@ -230,11 +221,12 @@ def data_size(hparams):
     return 4 * sum(math.prod(shape) for shape in tensor_shapes(hparams).values())
 
 
-def read_through_tensorflow(tf_ckpt_path, hparams, mapped):
-    """{name: tensor} of the tensors that are not as mapped; each is verified by its checksum. Raises ValueError."""
+def read_through_tensorflow(tf_ckpt_path, hparams):
+    """Yield (name, tensor) for each tensor, verified by its checksum. Raises ValueError or ImportError."""
     folder, prefix = os.path.split(os.path.abspath(tf_ckpt_path))
-    others = {}
     with contextlib.ExitStack() as at_end, open(os.devnull, "w") as nowhere:
+        at_end.callback(os.chdir, os.getcwd())
+        os.chdir(folder)  # in a path, TensorFlow takes [ for the beginning of a pattern
         stderr = os.dup(2)
         at_end.callback(os.close, stderr)
         at_end.callback(os.dup2, stderr, 2)
@@ -246,8 +238,6 @@ def read_through_tensorflow(tf_ckpt_path, hparams, mapped):
         except Exception as error:  # noqa: BLE001
             reason = f"{type(error).__name__}: {error}"
             raise ImportError(f"all models but 2M and 124M are checked by tensorflow, which fails ({reason})") from None
-        at_end.callback(os.chdir, os.getcwd())
-        os.chdir(folder)  # in a path, TensorFlow takes [ for the beginning of a pattern
         with reading(f"{tf_ckpt_path}.index or {SUFFIX}"):
             reader = load_checkpoint(prefix)
             found = reader.get_variable_to_shape_map()
@@ -256,36 +246,32 @@ def read_through_tensorflow(tf_ckpt_path, hparams, mapped):
             for name, shape in tensor_shapes(hparams).items():
                 if found.get(name) not in ([*shape], [1, *shape]):  # the file may have an extra axis
                     raise ValueError(f"{name} has the shape {found.get(name)}, by hparams.json it is {[*shape]}")
-                tensor = reader.get_tensor(name).astype(np.float32, copy=False).reshape(shape)
-                if not np.array_equal(tensor, mapped.get(name)):
-                    others[name] = tensor
-    return others
+                yield name, reader.get_tensor(name).astype(np.float32, copy=False).reshape(shape)
 
 
-def check(files, tf_ckpt_path, hparams, mapped):
+def check(files, hparams, mapped, tf_ckpt_path):
     """Check the files of a model. Returns {name: tensor} of the tensors that are not as mapped. Raises ValueError."""
     from encoder import get_encoder
 
     folder = files[DATA].absolute().parent
     print(f"checking {folder.name} …", file=sys.stderr, flush=True)
     for size in "2M", "124M":
-        is_known = sha256_of(files["model.ckpt.index"]) == SHA256[f"{size}/model.ckpt.index"]
-        if not is_known and size_of(files[DATA]) == data_size(HPARAMS[size]):  # it may be the index that is damaged
-            is_known = sha256_of(files[DATA]) == SHA256[f"{size}/{DATA}"]
-        if is_known:
-            for name in files.keys() - {"hparams.json"}:
-                check_known(files[name], name, size)
+        wrong = [path for name, path in files.items() if not is_right(path, name, size)]
+        if not {files[INDEX], files[DATA]} <= {*wrong}:  # one of the two tells which model it is
             if not HPARAMS[size].items() <= hparams.items():
-                raise ValueError(f"{folder / 'hparams.json'} is not that of {size}; {MEND}")
+                wrong.append(folder / "hparams.json")
+            if wrong:
+                raise ValueError(f"{wrong[0]} is not that of {size}; {MEND}")
             return {}
-    if {"encoder.json", "vocab.bpe"} <= files.keys():
+    if "encoder.json" in files and "vocab.bpe" in files:
         with reading(folder / "encoder.json or vocab.bpe"):
             encoder = get_encoder(folder.name, folder.parent)
             merged = {merge.replace(" ", "") for merge in encoder.bpe_ranks}
             pieces = {*encoder.byte_decoder, *merged, "<|endoftext|>"}
             if sorted(encoder.decoder) != [*range(hparams["n_vocab"])] or pieces != encoder.encoder.keys():
                 raise ValueError(f"they do not fit each other, or the {hparams['n_vocab']} tokens of hparams.json")
-    return read_through_tensorflow(tf_ckpt_path, hparams, mapped)
+    tensors = read_through_tensorflow(tf_ckpt_path, hparams)
+    return {name: tensor for name, tensor in tensors if not np.array_equal(tensor, mapped.get(name))}
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
@@ -297,22 +283,20 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """
     tf_ckpt_path = os.path.expanduser(tf_ckpt_path)
     data, note, mapped, others = Path(tf_ckpt_path + SUFFIX), Path(tf_ckpt_path + ".checked.json"), {}, {}
-    files = {name: data.parent / name for name in ("encoder.json", "vocab.bpe", "hparams.json")}
-    files = {name: path for name, path in files.items() if path.exists()}
-    files |= {"model.ckpt.index": Path(tf_ckpt_path + ".index"), DATA: data}
-    with reading(f"{tf_ckpt_path}.index or {SUFFIX}"):
-        stats = {name: path.stat() for name, path in files.items()}
-    checked = json.dumps([[[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in stats.values()], hparams])
+    files = {name: data.parent / name for name in FILES[:3] if (data.parent / name).exists()}
+    files |= {INDEX: Path(tf_ckpt_path + ".index"), DATA: data}
+    stats = [path.stat() for path in files.values()]
+    checked = json.dumps([[[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in stats], hparams])
     shapes = tensor_shapes(hparams)
-    if stats[DATA].st_size == data_size(hparams):
+    if size_of(data) == data_size(hparams):
         ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
         floats = np.split(np.memmap(data, "<f4", "r").view(np.ndarray), ends[:-1])
         mapped = {name: part.reshape(shapes[name]) for name, part in zip(shapes, floats)}
-    noted = b""
-    with contextlib.suppress(OSError):
-        noted = note.read_bytes()
-    if noted != checked.encode():
-        others = check(files, tf_ckpt_path, hparams, mapped)
+    noted = ""
+    with contextlib.suppress(OSError, UnicodeError):
+        noted = note.read_text()
+    if noted != checked:
+        others = check(files, hparams, mapped, tf_ckpt_path)
         try:
             note.write_text("" if others else checked)  # "": the next run reads through TensorFlow again
         except OSError as error:
@@ -336,20 +320,17 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
     model_dir = models_dir / model_size
     if model_size in RELEASED:
         download_gpt2_files(model_size, model_dir)
-    names, checkpoint = [path.stem for path in model_dir.glob("*.index")], model_dir / "checkpoint"
+    prefixes, checkpoint = [path.stem for path in model_dir.glob("*.index")], model_dir / "checkpoint"
     if checkpoint.exists():
-        with reading(checkpoint):  # its first line: model_checkpoint_path: "model.ckpt"
-            named = re.search('model_checkpoint_path: "(.*?)"', checkpoint.read_text("utf-8"))
-            if not named:
-                raise ValueError("it names no checkpoint")
-            names = re.split(r"[/\\]", named[1])[-1:]  # it may be a path on another machine
-    if len(names) > 1:
-        raise ValueError(f"{model_dir} has no file named checkpoint that says which one to load of {', '.join(names)}")
-    if not names:
+        with reading(checkpoint):  # it may name a path on another machine
+            prefixes = re.findall(r'^model_checkpoint_path: "(?:.*?[/\\])*(.*?)"', checkpoint.read_text("utf-8"))
+    elif not prefixes:
         there = ", ".join(sorted({path.parent.name for path in models_dir.glob("*/*.index")})) or "none"
         raise ValueError(f"no model {model_size!r} in {models_dir}; there: {there}; to fetch: {', '.join(RELEASED)}")
-    hparams = load_hparams(model_dir / "hparams.json")
-    params = load_gpt2_params_from_tf_ckpt(str(model_dir / names[0]), hparams)
+    if len(prefixes) != 1:
+        raise ValueError(f"{checkpoint} does not say which checkpoint to load; {MEND}")
+    hparams = load_hparams(model_dir / "hparams.json", model_size)
+    params = load_gpt2_params_from_tf_ckpt(str(model_dir / prefixes[0]), hparams)
     with reading(model_dir / "encoder.json or vocab.bpe"):
         encoder = get_encoder(model_size, models_dir)
     return encoder, hparams, params
@@ -397,13 +378,12 @@ def check_prompts(prompts, first_number, n_tokens_to_generate, n_vocab, n_ctx):
             raise ValueError(f"prompt {number} has the id {wrong[0]}, but ids go from 0 to {n_vocab - 1}")
         if not 1 <= len(prompt) <= n_ctx - n_tokens_to_generate:
             counts = f"{len(prompt)} tokens and {n_tokens_to_generate} are to be generated"
-            limit = f"at most {n_ctx} together, the context length (and at least 1 in a prompt)"
-            raise ValueError(f"prompt {number} has {counts}: {limit}")
+            raise ValueError(f"prompt {number} has {counts}: at most {n_ctx} together, and at least 1 in a prompt")
     return prompts
 
 
 def read_prompts(prompts, prompt, prompts_file):
-    """The prompts of a command, or none if they are to be asked for. Raises ValueError or OSError.
+    """The prompts of a command; none if they are to be asked for. Raises ValueError or OSError.
 
     Bytes that are not UTF-8 become lone surrogates, which the tokenizer refuses.
     """
@@ -413,22 +393,18 @@ def read_prompts(prompts, prompt, prompts_file):
     if prompts:
         raise ValueError("give prompts or --prompts_file, not both")
     path = 0 if prompts_file in (None, "-") else os.path.expanduser(prompts_file)  # 0: standard input
-    codec = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": "\n"}
-    file = open(path, **codec, closefd=path != 0)  # noqa: SIM115
-
-    lines = [file.read()] if prompts_file is None else file
-    lines = (line.removesuffix("\n").removesuffix("\r") for line in lines)
-    if prompts_file is None or os.path.isfile(path):
-        lines = list(lines)
-        if lines and re.match("\udcff\udcfe|\udcfe\udcff|.?\0", lines[0]):  # its byte order mark, or half a letter
-            raise ValueError(f"{prompts_file or 'standard input'} is UTF-16 text, not UTF-8")
-    return lines
+    file = open(path, "rb", closefd=path != 0)  # noqa: SIM115
+    if re.match(rb"\xff\xfe|\xfe\xff|.?\0", file.peek(2)):  # its byte order mark, or half a letter
+        raise ValueError(f"{prompts_file or 'standard input'} is UTF-16 text, not UTF-8")
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n")
+    lines = (line.removesuffix("\n").removesuffix("\r") for line in (text if prompts_file else [text.read()]))
+    return lines if prompts_file and not file.seekable() else list(lines)
 
 
-def plain(error, text="a prompt"):
+def plain(error):
     """What an error says, in one line."""
     if isinstance(error, UnicodeError):
-        return f"{text} is not UTF-8"
+        return "a prompt is not UTF-8"
     return " ".join(str(error).split()) or repr(error)
 
 
@@ -451,24 +427,23 @@ def write_json_lines(lines, batch_size, texts):
             return [{"text": "".join(pieces)} for pieces in texts(batch, first_row=first_row)]
         except ValueError as error:
             if len(batch) == 1:
-                number, fault = f"prompt {first_row + 1}", plain(error, f"prompt {first_row + 1}")
-                return [{"error": fault if fault.startswith(number) else f"{number}: {fault}"}]
+                return [{"error": f"line {first_row + 1}: {plain(error)}"}]
         half = len(batch) // 2  # halve the batch until the bad line is alone
         return answers(batch[:half], first_row) + answers(batch[half:], first_row + half)
 
     n_lines = len(lines) if isinstance(lines, list) else None
-    lines, first_row, n_errors = iter(lines), 0, 0
     bar = tqdm(total=n_lines, unit=" prompts", disable=sys.stdout.isatty() or None)  # None: if this is no terminal
+    lines, n_done, n_errors = iter(lines), 0, 0
     while batch := list(itertools.islice(lines, batch_size)):
-        for line, answer in zip(batch, answers(batch, first_row)):
+        for line, answer in zip(batch, answers(batch, n_done)):
             line = line.encode(errors="surrogateescape").decode(errors="replace")
             print(json.dumps({"prompt": line, **answer}), flush=True)
             n_errors += "error" in answer
-        first_row += len(batch)
+        n_done += len(batch)
         bar.update(len(batch))
     bar.close()
     if n_errors:
-        raise ValueError(f"no text for {n_errors} of {first_row} prompts; their lines say why")
+        raise ValueError(f"no text for {n_errors} of {n_done} prompts; their lines say why")
 
 
 def ask(texts):
@@ -482,10 +457,8 @@ def ask(texts):
             show([input("> " if sys.stdout.isatty() else "")], texts, row)  # only text goes to a file
         except EOFError:
             return print(file=sys.stderr)
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-        except ValueError as error:
-            print(f"error: {plain(error)}", file=sys.stderr)
+        except (KeyboardInterrupt, ValueError) as error:
+            print(f"error: {plain(error)}" if isinstance(error, ValueError) else "", file=sys.stderr)
 
 
 def parse(function):
@@ -495,7 +468,7 @@ def parse(function):
     calls, default_parse = [], parser.DefaultParseValue
     # fire calls a function before it sees an unknown flag, so what it calls is a stand-in
     stand_in = functools.wraps(function)(lambda *args, **options: calls.append((args, options)))
-    at_start = trace.FireTrace(stand_in, name=os.path.basename(sys.argv[0]))
+    at_start = trace.FireTrace(stand_in, os.path.basename(sys.argv[0]))
     flags = list(itertools.takewhile(lambda argument: argument != "--", sys.argv[1:]))
     if not {"-h", "--help"}.isdisjoint(flags):
         print(helptext.HelpText(stand_in, at_start), flush=True)
@@ -505,7 +478,7 @@ def parse(function):
     arguments += [f"\0{argument}" for argument in sys.argv[len(flags) + 2 :]]
     parser.DefaultParseValue = lambda text: text.lstrip("\0")  # no "1,2" that becomes a tuple
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()):  # fire would show the flags of what the stand-in returns
             Fire(stand_in, arguments)
     except core.FireExit as result:
         fault = result.trace.elements[-1].ErrorAsStr().replace("\0", "")
@@ -528,8 +501,9 @@ def run(function):
         if getattr(sys, name) is None:  # it was closed: 2>&-
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if is_process:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it by the signal, so a shell loop around it ends
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in trap '' INT
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it by the signal, so a shell loop around it ends
     try:
         args, options = parse(function)
         with np.errstate(all="ignore"):  # NaN is found in the logits
@@ -542,6 +516,5 @@ def run(function):
     except (ImportError, MemoryError, OSError, ValueError) as error:
         if is_process:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop unwritten text
-        needed = "-r requirements.txt" if "tensorflow" in str(error) else PACKAGES
-        hint = f"; pip install {needed}" if isinstance(error, ImportError) else ""
+        hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
         sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {plain(error)}{hint}")  # 141 is 128 + SIGPIPE

@@ -1,6 +1,5 @@
 """The loader: the weights are those that were written, mapped or read, and nothing damaged is believed."""
 
-import json
 import os
 import re
 import subprocess
@@ -15,8 +14,7 @@ import utils
 ODD = {"n_vocab": 2048, "n_ctx": 64, "n_embd": 36, "n_head": 3, "n_layer": 11}  # with the vocabulary of 2M
 OWN = "own [v2]"  # the folder of a model that nobody knows
 VOCABULARY, INDEX, DATA = ["encoder.json", "vocab.bpe"], "model.ckpt.index", "model.ckpt.data-00000-of-00001"
-FILES = ["hparams.json", *VOCABULARY, INDEX, DATA]  # and checkpoint
-NOTE = "model.ckpt.checked.json"  # of the first run, which checks, for later runs
+FILES, NOTE = ["hparams.json", *VOCABULARY, INDEX, DATA], "model.ckpt.checked.json"  # of the first run for later ones
 
 
 @pytest.fixture
@@ -138,7 +136,7 @@ FLIP = lambda match: bytes([match[0][0] ^ 16])
 DAMAGE = [(name, rb"\A.*", new) for name in (*FILES, "checkpoint") for new in (b"", b"<p>", None)]  # None: missing
 DAMAGE += [(DATA, rb".\Z", b""), (DATA, rb"\A.", FLIP), (DATA, rb".\Z", FLIP), (INDEX, rb"ln_f", b"ln_g")]
 DAMAGE += [("hparams.json", rb'"n_ctx": \d+, ', b""), ("hparams.json", rb'"n_head": \d', b'"n_head": 7')]
-DAMAGE += [("hparams.json", rb": \d+}", new) for new in (b": 0}", b": 5}", b": 12}", b": 6.0}")]
+DAMAGE += [("hparams.json", rb": \d+}", new) for new in (b": 0}", b": -1}", b": 5}", b": 12}", b": 6.0}")]
 A_LAYER_LESS = (b"1997", b"5"), (b"509", b"10")  # and as many positions more, so that the size is the same
 DAMAGE += [("hparams.json", rb'("n_ctx": )\d+(.*: )\d+}', rb"\g<1>%b\g<2>%b}" % numbers) for numbers in A_LAYER_LESS]
 DAMAGE += [("vocab.bpe", rb"W h\n\Z", b"W j\n"), ("vocab.bpe", rb"[^\n]+\n\Z", b""), ("encoder.json", b'"!"', b'"!!"')]
@@ -184,23 +182,14 @@ def test_a_tensor_that_does_not_fit_is_named(models, load, other):
         load(OWN)
 
 
-def test_on_the_command_line(models, tmp_path):
-    """The models folder is the one beside the code. A mistake is one line."""
+def test_the_folder_is_the_one_beside_the_code_and_a_mistake_is_one_line(models, tmp_path):
     result = run("Once", "--model_size=2M", cwd=tmp_path)
     assert (result.stdout, result.stderr) == (GOLDEN[1]["text"] + "\n", "")
     (models / "a folder").mkdir()
     line = error_of(run("Once", "--model_size=3M", f"--models_dir={models}"))
     assert re.findall(r"own|\d+M\b|a f\w+", line) == ["3M", "2M", "own", "124M", "355M", "774M", "1558M"]
+    with pytest.raises(ValueError, match="124M, 355M, 774M, 1558M"):
+        utils.download_gpt2_files("3M", models)
     (tmp_path / "tensorflow.py").touch()
     line = error_of(run("Once", f"--model_size={OWN}", f"--models_dir={models}", env={"PYTHONPATH": str(tmp_path)}))
     assert "tensorflow" in line and "pip install" in line
-
-
-def test_a_vocabulary_without_the_end_of_text_is_refused(models):
-    pieces = json.loads((models / "2M/encoder.json").read_text("utf-8"))
-    assert pieces.pop("<|endoftext|>") == 2047
-    (models / "2M/encoder.json").write_text(json.dumps(pieces), "utf-8")
-    hparams = {**ODD, "n_vocab": 2047}
-    write_checkpoint(models / "2M", hparams, random_tensors(hparams))
-    with pytest.raises(ValueError, match=r"encoder\.json"):
-        utils.load_encoder_hparams_and_params("2M", models)
