@@ -87,7 +87,7 @@ class Encoder:
             raise ValueError(f"a word of {len(word):,} characters is too long to be split")
         characters = "".join(self.byte_encoder[byte] for byte in word.encode("utf-8"))
         ids = [self.encoder[piece] for piece in self.bpe(characters).split(" ")]
-        if len(word) < 50 and len(self.cache) < 2**15:  # a few megabytes at most
+        if len(ids) < 16 and len(self.cache) < 2**15:  # ten megabytes at most
             self.cache[word] = ids
         return ids
 

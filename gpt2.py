@@ -1,7 +1,7 @@
 """GPT-2 in plain NumPy: the model, its cache, generation, the command line.
 
 The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019); OpenAI's code is at
-https://github.com/openai/gpt-2. A token is a piece of text, about four letters; its id is its number in the vocabulary.
+https://github.com/openai/gpt-2.
 """
 
 import itertools
@@ -14,18 +14,17 @@ if __name__ == "__main__":
 import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
-# From the ids of a text to what may come next:
+# A token is a piece of text, about four letters; its id is its number in the vocabulary. From ids to what comes next:
 #   1. Each id becomes an embedding, n_embd numbers for what the token is. To these, n_embd numbers for where it stands
 #      are added, as attention by itself takes no notice of order. The sums are the rows of x, one row a token.
 #   2. x passes through n_layer blocks, or layers. In each, attention brings a token what it needs from itself and the
 #      tokens before it, then a feed-forward network works on each token alone. Both add what they find to x.
-#   3. After a last layer_norm, each row is compared with the embeddings of all tokens. That gives the logits: a score
-#      for each token of the vocabulary, higher if it is more likely to come next. Softmax makes them probabilities.
+#   3. After a last layer_norm, each row is compared with all embeddings. That gives the logits: a score for each token
+#      of the vocabulary, higher if it is more likely to come next. softmax turns scores into probabilities.
 # The weights (w, b, g, wte, wpe) were learned by predicting the next token in 40 GB of text. No position may look
 # ahead, or it would copy the answer. To train, begin with small random weights, take as loss the mean of
-# -log(probability) of the tokens that do come next, and change all weights by small steps against its gradient, text
-# after text. The library JAX computes gradients of functions that do not change their arguments, as these do not
-# without a cache: put jax.numpy in place of np.
+# -log(probability) of the tokens that do come next, and move all weights by small steps against its gradient. JAX can
+# compute that: without a cache nothing here changes an argument, so jax.numpy may take the place of np.
 #
 # Shapes stand at the end of a line; "..." is any leading axes, or none. OpenAI's 124M (million weights) has n_vocab =
 # 50257 tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 64.
@@ -69,10 +68,9 @@ def attention(q, k, v, mask):
     Each has a query q (what it looks for), a key k (what it can be found by) and a value v (what it tells). The better
     a query matches a key, the more of that key's value it takes. The mask is 0 where it may look, and -inf where not.
     """
-    # Scores of random queries and keys, with numbers about 1 or -1, are about sqrt(d_head) or -sqrt(d_head). Divide by
-    # that, or the softmax, which magnifies differences, gives nearly all the weight to one key and blends nothing.
-    q = q / q.shape[-1] ** 0.5
-    scores = q @ k.swapaxes(-1, -2)  # [..., n_query, d_head] @ [..., d_head, n_key] -> [..., n_query, n_key]
+    # Products of d_head numbers of size 1 add up to about sqrt(d_head). Divide by that, or the softmax, which magnifies
+    # differences, gives nearly all the weight to one key and blends nothing.
+    scores = q / q.shape[-1] ** 0.5 @ k.swapaxes(-1, -2)  # [..., n_query, d_head] -> [..., n_query, n_key]
     scores += mask
     return softmax(scores) @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
 
@@ -84,7 +82,7 @@ def mha(x, c_attn, c_proj, n_head, positions=None, remember=None):
     x has the tokens of all sequences, one below the other. positions [..., n_seq] says where each stands in its own.
     """
     positions = np.arange(len(x)) if positions is None else positions  # None: x is one sequence
-    qkv = linear(x, **c_attn)  # the layer for attention: q, k and v of all heads at once: [n_tokens, 3 * n_embd]
+    qkv = linear(x, **c_attn)  # c_attn (for attention) makes the q, k and v of all heads: [n_tokens, 3 * n_embd]
     qkv = qkv.reshape(*positions.shape, 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
     if remember:  # with a cache this is extend() below: it keeps k and v, and returns those of all positions so far
@@ -101,7 +99,7 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, remember
     """Attention moves information between tokens, then ffn (mlp: multilayer perceptron) works on it.
 
     Both add to x instead of replacing it: nothing found before is lost, and a block need only learn what to add. They
-    read a normalised copy, since x grows from block to block, but weights fit numbers of one size. To normalise x
+    read a normalised copy, since x grows from block to block but weights fit numbers of one size. To normalise x
     itself, after adding, would shrink what the blocks before have found.
     """
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, positions=positions, remember=remember)
@@ -151,13 +149,12 @@ def prefill(prompts, model):
     """Run the prompts through the model, which fills its cache. Returns the logits after each: [n_batch, n_vocab].
 
     model: all arguments of gpt2() but inputs and positions. Short prompts are padded on the right. A pad stands after
-    all tokens of its prompt, so none of them sees it. New tokens overwrite the pads in the cache one by one, and pads
-    behind the last new token are never seen at all.
+    all tokens of its prompt, so none of them sees it; new tokens overwrite the pads in the cache one by one.
 
-    A call takes about 256 tokens, to bound the memory. It returns logits for its last column only, which for a short
-    prompt is a pad. So first come all columns but the last few (n_last), then one call with each prompt's own last
-    n_last tokens, some a second time, with the same result. For prompts of 3 and 600 tokens: four calls on [2, 128]
-    ids, one on [2, 85], and the last on [2, 3], at positions 0-2 and 597-599.
+    A call takes about 256 tokens, to bound the memory, and returns the logits of its last column, which for a short
+    prompt is a pad. So first come all columns but the last few, then one call with each prompt's own last n_last
+    tokens, some a second time, with the same result. For prompts of 3 and 600 tokens: four calls on [2, 128] ids, one
+    on [2, 85], and the last on [2, 3], at positions 0-2 and 597-599.
     """
     n_batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts])
     longest, at_once = lengths.max(), max(1, 256 // n_batch)
@@ -202,10 +199,10 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
 def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, stop_id=None, seed=None, **sampling):
     """Yield the next id of every prompt, [n_batch], step by step, until all have had stop_id. Raises ValueError.
 
-    sampling: temperature, top_k and top_p. Without any of these or a seed, or at temperature 0, the highest logit wins
-    (greedy). Else each prompt draws by itself, with a generator made from seed (a random one if there is none) and its
-    place among all prompts (first_row for the first). So its text does not depend on the batch size, but for one thing:
-    larger matrix products add in another order, so logits differ in their last digits, and that can tip a close choice.
+    sampling: temperature, top_k, top_p. Without these and a seed, or at temperature 0, the highest logit wins (greedy).
+    Else each prompt draws by itself, with a generator made from seed and its place among all prompts (first_row for the
+    first). So its text does not depend on the batch size, but for one thing: larger matrix products add in another
+    order, so logits differ in their last digits, and that can tip a close choice.
     """
     from utils import check_options, check_prompts
 

@@ -44,7 +44,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate):
     ids = [np.array([[prompt[-1]] for prompt in prompts], int)]  # once more, for its logits
     for step in range(n_tokens_to_generate):
         logits = gpt2(ids[-1], **model, positions=lengths - 1 + step)
-        if np.isnan(logits).any(): raise ValueError("the weights are not all numbers")
+        if not np.isfinite(logits).all(): raise ValueError("the weights are not all numbers")
         ids.append(logits.argmax(-1)[:, None])
     return np.hstack(ids)[:, 1:].tolist() if prompts is inputs else np.hstack(ids)[0, 1:].tolist()
 
