@@ -17,8 +17,8 @@ from pathlib import Path
 
 import regex
 
-# A word is an ending such as 's or 'll, or a run of letters, digits, other signs or white space. It takes the space
-# before it along: so of several blanks before a word, the last is split off from the others.
+# A word is an ending such as 's or 'll, or a run of letters, digits, other signs or white space. It includes one space
+# before it: of several blanks, the last goes with the word, and the others are a word of their own.
 WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
@@ -62,9 +62,9 @@ class Encoder:
         leftmost, if it is there more than once). Repeat until no two neighbours may be joined. To search the whole word
         for that pair after every join takes n * n steps; with a heap (first a sorted list) it takes n log n.
         """
-        pieces = [*token, ""]  # the empty piece marks the end; no merge has an empty part
-        after = [*range(1, len(pieces)), 0]  # in a ring: the right neighbour of pieces[i] is pieces[after[i]]
-        before = [*range(-1, len(token))]  # and the left one pieces[before[i]]; -1 is the end piece
+        pieces = [*token, ""]  # l o w and an empty piece, which marks the end and is in no merge
+        after = [*range(1, len(pieces)), 0]  # 1 2 3 0, a ring: the right neighbour of pieces[i] is pieces[after[i]]
+        before = [*range(-1, len(token))]  # -1 0 1 2: the left one is pieces[before[i]]; pieces[-1] is the end piece
         heap = sorted((rank, i) for i, rank in enumerate(map(self.rank, pieces, pieces[1:])) if rank is not None)
         while heap:
             rank, i = heapq.heappop(heap)

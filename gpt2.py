@@ -22,9 +22,10 @@ import numpy as np
 #   3. After a last layer_norm, each row is compared with all embeddings. That gives the logits: a score for each token
 #      of the vocabulary, higher if it is more likely to come next. softmax turns scores into probabilities.
 # The weights (w, b, g, wte, wpe) were learned by predicting the next token in 40 GB of text. No position may look
-# ahead, or it would copy the answer. To train, begin with small random weights, take as loss the mean of
-# -log(probability) of the tokens that do come next, and move all weights by small steps against its gradient. JAX can
-# compute that: without a cache nothing here changes an argument, so jax.numpy may take the place of np.
+# ahead, or it would copy the answer. To train, begin with random weights around 0.02. For some texts take the loss, the
+# mean of -log(probability) of the tokens that do come next, move all weights a small step against its gradient (or as
+# Adam does: Kingma & Ba, 2015), and repeat. JAX computes the gradient if jax.numpy takes the place of np, since without
+# a cache nothing here changes an argument. README.md does it.
 #
 # Shapes stand at the end of a line; "..." is any leading axes, or none. OpenAI's 124M (million weights) has n_vocab =
 # 50257 tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 64.
@@ -68,8 +69,8 @@ def attention(q, k, v, mask):
     Each has a query q (what it looks for), a key k (what it can be found by) and a value v (what it tells). The better
     a query matches a key, the more of that key's value it takes. The mask is 0 where it may look, and -inf where not.
     """
-    # Products of d_head numbers of size 1 add up to about sqrt(d_head). Divide by that, or the softmax, which magnifies
-    # differences, gives nearly all the weight to one key and blends nothing.
+    # With numbers around 1, of either sign, much of a dot product cancels, and about sqrt(d_head) is left. Divide by
+    # that, or the softmax, which magnifies differences, gives nearly all the weight to one key and blends nothing.
     scores = q / q.shape[-1] ** 0.5 @ k.swapaxes(-1, -2)  # [..., n_query, d_head] -> [..., n_query, n_key]
     scores += mask
     return softmax(scores) @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
@@ -79,7 +80,8 @@ def mha(x, c_attn, c_proj, n_head, positions=None, remember=None):
     """Multi-head attention: n_head times attention, each head on its own slice of d_head numbers of every q, k and v.
 
     One head takes one blend of values; several let a token fetch different things from different places at once.
-    x has the tokens of all sequences, one below the other. positions [..., n_seq] says where each stands in its own.
+    x has the tokens of all sequences, one below the other, n_seq of each. positions [..., n_seq] has the place of each
+    in its own sequence, and by its shape x is cut up again.
     """
     positions = np.arange(len(x)) if positions is None else positions  # None: x is one sequence
     qkv = linear(x, **c_attn)  # c_attn (for attention) makes the q, k and v of all heads: [n_tokens, 3 * n_embd]
@@ -109,8 +111,9 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, remember
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
-    wte, wpe: word token and word position embeddings. blocks[3]["mlp"]["c_fc"]: {"w", "b"} of block 3. ln_f: the final
-    layer_norm. With a cache (below) only the last token of each sequence gets logits: [n_batch, n_vocab].
+    wte, wpe: word token and word position embeddings. blocks[3]["mlp"]["c_fc"] is {"w": ..., "b": ...}, arguments of
+    linear(). ln_f: the final layer_norm. With a cache (below) only the last token of each sequence gets logits:
+    [n_batch, n_vocab].
     """
     inputs = np.asarray(inputs)
     if positions is None:
@@ -151,10 +154,10 @@ def prefill(prompts, model):
     model: all arguments of gpt2() but inputs and positions. Short prompts are padded on the right. A pad stands after
     all tokens of its prompt, so none of them sees it; new tokens overwrite the pads in the cache one by one.
 
-    A call takes about 256 tokens, to bound the memory, and returns the logits of its last column, which for a short
-    prompt is a pad. So first come all columns but the last few, then one call with each prompt's own last n_last
-    tokens, some a second time, with the same result. For prompts of 3 and 600 tokens: four calls on [2, 128] ids, one
-    on [2, 85], and the last on [2, 3], at positions 0-2 and 597-599.
+    A call takes about 256 tokens, to bound the memory, and returns the logits of its last column only, where a short
+    prompt has a pad. So for prompts of 3 and 600 tokens, four calls on [2, 128] ids and one on [2, 85] run all columns
+    but the last 3 (n_last). Then a call on [2, 3] runs the last 3 tokens of each prompt, at positions 0-2 and 597-599.
+    Those of the short one have been run before, with the same result.
     """
     n_batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts])
     longest, at_once = lengths.max(), max(1, 256 // n_batch)
@@ -199,15 +202,15 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
 def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, stop_id=None, seed=None, **sampling):
     """Yield the next id of every prompt, [n_batch], step by step, until all have had stop_id. Raises ValueError.
 
-    sampling: temperature, top_k, top_p. Without these and a seed, or at temperature 0, the highest logit wins (greedy).
-    Else each prompt draws by itself, with a generator made from seed and its place among all prompts (first_row for the
-    first). So its text does not depend on the batch size, but for one thing: larger matrix products add in another
-    order, so logits differ in their last digits, and that can tip a close choice.
+    sampling: temperature, top_k, top_p. If neither these nor a seed are given, or temperature is 0, the highest logit
+    wins (greedy). Else each prompt draws by itself, with a generator made from seed and its place among all prompts
+    (first_row for the first). So its text does not depend on the batch size, but for one thing: larger matrix products
+    add in another order, so logits differ in their last digits, and that can tip a close choice.
     """
     from utils import check_options, check_prompts
 
     if n_tokens_to_generate == 0:
-        return  # the command wants at least 1, so the check below does, too
+        return  # no mistake here, but check_options would refuse it, for the command
     sampling = check_options(n_tokens_to_generate=n_tokens_to_generate, seed=seed, **sampling)
     n_new, seed = sampling.pop("n_tokens_to_generate"), sampling.pop("seed")  # check_options makes it None if greedy
     (n_vocab, n_embd), n_ctx, n_batch = params["wte"].shape, len(params["wpe"]), len(prompts)
@@ -255,7 +258,7 @@ def complete(prompts, loaded, batch_size, first_row=0, **options):
     for first in range(0, len(prompts), batch_size):
         batch = [encoder.encode(prompt) or [end] for prompt in prompts[first : first + batch_size]]
         steps = generate_steps(batch, params, hparams["n_head"], first_row=first_row + first, stop_id=end, **options)
-        # Of a single prompt, each id is handed on as soon as it is there, to be shown. Otherwise: [n_batch, n_steps].
+        # With a single prompt, pass on each id as soon as it is there, to be shown. Otherwise: [n_batch, n_steps].
         rows = [(id for [id] in steps)] if len(batch) == 1 else np.transpose(list(steps)).tolist()
         for row in rows:
             yield encoder.decode_steps(itertools.takewhile(lambda id: id != end, row))

@@ -114,7 +114,7 @@ def download(url, path, model_size):
                 cause = cause.__context__
             proxy = "the proxy: " if isinstance(error, requests.exceptions.ProxyError) else ""
             failure = f"cannot fetch {url}: {proxy}{getattr(cause, 'strerror', None) or cause}"
-            if isinstance(error, ValueError) or isinstance(cause, ssl.CertificateError):  # to try again is no use
+            if isinstance(error, ValueError) or isinstance(cause, ssl.CertificateError):  # trying again cannot help
                 raise OSError(failure) from None
         n_fruitless = 0 if size_of(part) > size else n_fruitless + 1
         if n_fruitless == 5:
@@ -126,7 +126,7 @@ def download(url, path, model_size):
 def fetch(url, part, size, total):
     """Append the rest of url to the file part, which has size bytes; total is the size of the whole, None if not known.
 
-    Nothing but the file itself is kept. Raises ValueError if to try again is no use, else requests.RequestException.
+    Nothing but the file itself is kept. Raises ValueError if trying again cannot help, else requests.RequestException.
     """
     import requests
     from tqdm import tqdm
@@ -152,14 +152,14 @@ def fetch(url, part, size, total):
         with bar, open(part, "a+b") as file:
             file.seek(start)
             for chunk in response.iter_content(2**14):
-                known = file.read(len(chunk))  # if it begins at the start
+                known = file.read(len(chunk))  # what is there of it already, if the server begins at the start
                 if not chunk.startswith(known):
                     raise ValueError(f"{came}, but it does not begin as {part} does (delete that to begin again)")
                 file.write(chunk[len(known) :])
                 bar.update(len(chunk))
             end = file.tell()
             expected = length or total or max(end, size)
-            if end > expected or (end < expected and not length):  # then it is not sure that this was the file
+            if end > expected or (end < expected and not length):  # then this may have been some other file
                 file.truncate(size)
             if end != expected:
                 raise requests.HTTPError(f"{end} bytes came, of {expected}")
@@ -180,7 +180,7 @@ def reading(path):
 
 
 def load_hparams(path, model_size):
-    """hparams.json: n_vocab, n_ctx, n_embd, n_head and n_layer. Raises ValueError, also if they are not model_size's."""
+    """n_vocab, n_ctx, n_embd, n_head, n_layer. Raises ValueError, also if we know that model_size has others."""
     with reading(path):
         hparams = json.loads(path.read_bytes())
         sizes = [hparams[key] for key in HPARAMS["2M"]]
@@ -257,7 +257,7 @@ def check(files, hparams, mapped, tf_ckpt_path):
     print(f"checking {folder.name} …", file=sys.stderr, flush=True)
     for size in "2M", "124M":
         wrong = [path for name, path in files.items() if not is_right(path, name, size)]
-        if not {files[INDEX], files[DATA]} <= {*wrong}:  # one of the two tells which model it is
+        if files[INDEX] not in wrong or files[DATA] not in wrong:  # one of them tells that it is this model
             if not HPARAMS[size].items() <= hparams.items():
                 wrong.append(folder / "hparams.json")
             if wrong:
@@ -323,7 +323,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
     prefixes, checkpoint = [path.stem for path in model_dir.glob("*.index")], model_dir / "checkpoint"
     if checkpoint.exists():
         with reading(checkpoint):  # it may name a path on another machine
-            prefixes = re.findall(r'^model_checkpoint_path: "(?:.*?[/\\])*(.*?)"', checkpoint.read_text("utf-8"))
+            prefixes = re.findall(r'^model_checkpoint_path: "(?:[^"]*[/\\])?([^"]+)"', checkpoint.read_text("utf-8"))
     elif not prefixes:
         there = ", ".join(sorted({path.parent.name for path in models_dir.glob("*/*.index")})) or "none"
         raise ValueError(f"no model {model_size!r} in {models_dir}; there: {there}; to fetch: {', '.join(RELEASED)}")
@@ -488,7 +488,7 @@ def parse(function):
         parser.DefaultParseValue = default_parse
     for flag, value in zip(flags, [*flags[1:], "--"]):
         if re.fullmatch("--?[A-Za-z][A-Za-z_-]*", flag) and re.match("-[A-Za-z-]", value):
-            raise ValueError(f"{flag} needs a value")  # fire made it "True"
+            raise ValueError(f"{flag} needs a value")  # for --seed --top_k 5, fire takes "True" as the seed
     if sum(re.match("--?prompt(=|$)", flag) is not None for flag in flags) > 1:
         raise ValueError("give --prompt once; further prompts need no flag")
     return calls[0]
