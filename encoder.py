@@ -83,7 +83,7 @@ class Encoder:
     def encode_word(self, word):
         if word in self.cache:
             return self.cache[word]
-        if len(word) > 2**21:
+        if len(word) > 2**21:  # this many take 6 seconds and 0.7 GB
             raise ValueError(f"a word of {len(word):,} characters is too long to be split")
         characters = "".join(self.byte_encoder[byte] for byte in word.encode("utf-8"))
         ids = [self.encoder[piece] for piece in self.bpe(characters).split(" ")]

@@ -15,17 +15,17 @@ import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
 # A token is a piece of text, about four letters; its id is its number in the vocabulary. From ids to what comes next:
-#   1. Each id becomes an embedding, n_embd numbers for what the token is. To these, n_embd numbers for where it stands
-#      are added, as attention by itself takes no notice of order. The sums are the rows of x, one row a token.
+#   1. Each id becomes an embedding, n_embd numbers for what the token is. Another n_embd numbers, for where it stands,
+#      are added, because attention alone ignores order. The sums are the rows of x, one row a token.
 #   2. x passes through n_layer blocks, or layers. In each, attention brings a token what it needs from itself and the
 #      tokens before it, then a feed-forward network works on each token alone. Both add what they find to x.
 #   3. After a last layer_norm, each row is compared with all embeddings. That gives the logits: a score for each token
 #      of the vocabulary, higher if it is more likely to come next. softmax turns scores into probabilities.
 # The weights (w, b, g, wte, wpe) were learned by predicting the next token in 40 GB of text. No position may look
-# ahead, or it would copy the answer. To train, begin with random weights around 0.02. For some texts take the loss, the
-# mean of -log(probability) of the tokens that do come next, move all weights a small step against its gradient (or as
-# Adam does: Kingma & Ba, 2015), and repeat. JAX computes the gradient if jax.numpy takes the place of np, since without
-# a cache nothing here changes an argument. README.md does it.
+# ahead, or it would copy the answer. To train, begin with random numbers around 0, of size 0.02 (but g = 1, b = 0). On
+# some texts (GPT-2 took 512 at a time) compute the loss: the mean of -log(probability given to the token that did come
+# next). Subtract from all weights, say, 0.001 times its gradient, evened out by Adam (Kingma & Ba, 2015), and repeat.
+# JAX computes the gradient if jax.numpy takes the place of np, since without a cache no function changes its arguments.
 #
 # Shapes stand at the end of a line; "..." is any leading axes, or none. OpenAI's 124M (million weights) has n_vocab =
 # 50257 tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 64.
@@ -51,14 +51,14 @@ def layer_norm(x, g, b, eps=1e-5):
 
 
 def linear(x, w, b):
-    """A linear layer: x times the weights w, plus the bias b."""
+    """A linear map: x times the weights w, plus the bias b."""
     return x @ w + b  # [n_tokens, n_in] @ [n_in, n_out] + [n_out] -> [n_tokens, n_out]
 
 
 def ffn(x, c_fc, c_proj):
-    """The feed-forward network: a linear layer c_fc (fully connected), a bend, and c_proj, a projection back to n_embd.
+    """The feed-forward network: a linear map c_fc (fully connected), a bend, and c_proj, a projection back to n_embd.
 
-    Without the bend the two could be multiplied out to one. The c_ is for convolution, OpenAI's name for such layers.
+    Without the bend the two could be multiplied out to one. The c_ is for convolution, OpenAI's name for such maps.
     """
     return linear(gelu(linear(x, **c_fc)), **c_proj)  # [n_tokens, n_embd] -> [n_tokens, 4 * n_embd] -> as before
 
@@ -69,8 +69,8 @@ def attention(q, k, v, mask):
     Each has a query q (what it looks for), a key k (what it can be found by) and a value v (what it tells). The better
     a query matches a key, the more of that key's value it takes. The mask is 0 where it may look, and -inf where not.
     """
-    # With numbers around 1, of either sign, much of a dot product cancels, and about sqrt(d_head) is left. Divide by
-    # that, or the softmax, which magnifies differences, gives nearly all the weight to one key and blends nothing.
+    # q and k have numbers of size about 1 and of either sign, so most of a dot product cancels: about sqrt(d_head) is
+    # left. Divide by that, or the softmax, which magnifies differences, gives nearly all the weight to one key.
     scores = q / q.shape[-1] ** 0.5 @ k.swapaxes(-1, -2)  # [..., n_query, d_head] -> [..., n_query, n_key]
     scores += mask
     return softmax(scores) @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
@@ -80,8 +80,8 @@ def mha(x, c_attn, c_proj, n_head, positions=None, remember=None):
     """Multi-head attention: n_head times attention, each head on its own slice of d_head numbers of every q, k and v.
 
     One head takes one blend of values; several let a token fetch different things from different places at once.
-    x has the tokens of all sequences, one below the other, n_seq of each. positions [..., n_seq] has the place of each
-    in its own sequence, and by its shape x is cut up again.
+    x has the tokens of all sequences, n_seq of each, one below the other. positions [..., n_seq] has each token's place
+    in its own sequence; its shape tells how to cut x into sequences.
     """
     positions = np.arange(len(x)) if positions is None else positions  # None: x is one sequence
     qkv = linear(x, **c_attn)  # c_attn (for attention) makes the q, k and v of all heads: [n_tokens, 3 * n_embd]
@@ -119,7 +119,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     if positions is None:
         positions = np.broadcast_to(np.arange(inputs.shape[-1]), inputs.shape)
     x = wte[inputs] + wpe[positions]  # training gives the two different directions, so blocks can tell them apart
-    x = x.reshape(-1, x.shape[-1])  # a matrix of the tokens of all sequences, one row each: [n_tokens, n_embd]
+    x = x.reshape(-1, x.shape[-1])  # all sequences in one matrix, for which NumPy reads w only once: [n_tokens, n_embd]
     for i, block in enumerate(blocks):
         remember = None if cache is None else partial(extend, cache[i])
         x = transformer_block(x, **block, n_head=n_head, positions=positions, remember=remember)
@@ -210,10 +210,11 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     from utils import check_options, check_prompts
 
     if n_tokens_to_generate == 0:
-        return  # no mistake here, but check_options would refuse it, for the command
+        return  # fine from Python, but check_options refuses it, because in a command it is a mistake
     sampling = check_options(n_tokens_to_generate=n_tokens_to_generate, seed=seed, **sampling)
-    n_new, seed = sampling.pop("n_tokens_to_generate"), sampling.pop("seed")  # check_options makes it None if greedy
-    (n_vocab, n_embd), n_ctx, n_batch = params["wte"].shape, len(params["wpe"]), len(prompts)
+    n_new, seed = sampling.pop("n_tokens_to_generate"), sampling.pop("seed")  # None if greedy, else drawn if not given
+    n_vocab, n_embd = params["wte"].shape
+    n_ctx, n_batch = len(params["wpe"]), len(prompts)
     prompts = check_prompts(prompts, first_row + 1, n_new, n_vocab, n_ctx)  # lists of ids
     cache_shape = len(params["blocks"]), 2, n_batch, n_head, max(map(len, prompts)) + n_new, n_embd // n_head
     model = {**params, "n_head": n_head, "cache": np.zeros(cache_shape, np.float32)}
@@ -233,7 +234,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
             ids = np.array([generator.choice(n_vocab, p=p) for generator, p in zip(generators, probs)])
         yield ids
         ended |= ids == stop_id
-        if n_left == 0 or ended.all():  # until all have ended, those that have are still computed; ignore their ids
+        if n_left == 0 or ended.all():  # prompts that have ended are computed until all have; ignore their ids
             return
         logits = gpt2(ids[:, None], **model, positions=positions)  # decode: one query each
         positions = positions + 1

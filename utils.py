@@ -59,7 +59,7 @@ def download_gpt2_files(model_size, model_dir):
         raise ValueError(f"{model_size!r} is no released model; these are: {', '.join(RELEASED)}")
     model_dir, n_bytes = Path(os.path.expanduser(model_dir)), data_size(HPARAMS[model_size])
 
-    def is_whole(path):  # another program may have left some page, or the beginning of the data file
+    def is_whole(path):  # another program may have saved an error page as checkpoint, or half of the data file
         if path.name == "checkpoint":
             return path.exists() and b"model_checkpoint_path" in path.read_bytes()
         return path.exists() and (path.name != DATA or size_of(path) >= n_bytes)
@@ -159,7 +159,8 @@ def fetch(url, part, size, total):
                 bar.update(len(chunk))
             end = file.tell()
             expected = length or total or max(end, size)
-            if end > expected or (end < expected and not length):  # then this may have been some other file
+            # Drop too many bytes, and too few if the server gave no length: they may be of some other file.
+            if end > expected or (end < expected and not length):
                 file.truncate(size)
             if end != expected:
                 raise requests.HTTPError(f"{end} bytes came, of {expected}")
@@ -250,7 +251,7 @@ def read_through_tensorflow(tf_ckpt_path, hparams):
 
 
 def check(files, hparams, mapped, tf_ckpt_path):
-    """Check the files of a model. Returns {name: tensor} of the tensors that are not as mapped. Raises ValueError."""
+    """Check a model's files. Returns {name: tensor} of those that differ from the mapped ones. Raises ValueError."""
     from encoder import get_encoder
 
     folder = files[DATA].absolute().parent
@@ -300,7 +301,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         try:
             note.write_text("" if others else checked)  # "": the next run reads through TensorFlow again
         except OSError as error:
-            print(f"(this comes every time, because {note} cannot be written: {error.strerror})", file=sys.stderr)
+            print(f"(this is done every time, because {note} cannot be written: {error.strerror})", file=sys.stderr)
     params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
     for name, tensor in (mapped | others).items():
         _, *keys, last = name.split("/")  # model/h3/attn/c_attn/w
@@ -344,7 +345,7 @@ def check_options(model_size=None, **options):
 
     Raises ValueError if one is out of range, TypeError if there is no such option.
     """
-    longest = HPARAMS[model_size]["n_ctx"] - 1 if model_size in RELEASED else 10**9
+    longest = HPARAMS[model_size]["n_ctx"] - 1 if model_size in HPARAMS else 10**9
     ranges = {  # name: (type, lowest, highest)
         "n_tokens_to_generate": (int, 1, longest), "batch_size": (int, 1, 10**9), "seed": (int, 0, 10**20),
         "temperature": (float, 0, 10**9), "top_k": (int, 0, 10**9), "top_p": (float, 1e-9, 1),
@@ -398,7 +399,7 @@ def read_prompts(prompts, prompt, prompts_file):
         raise ValueError(f"{prompts_file or 'standard input'} is UTF-16 text, not UTF-8")
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n")
     lines = (line.removesuffix("\n").removesuffix("\r") for line in (text if prompts_file else [text.read()]))
-    return lines if prompts_file and not file.seekable() else list(lines)
+    return lines if prompts_file and not file.seekable() else list(lines)  # from a pipe they come one by one
 
 
 def plain(error):
@@ -409,7 +410,7 @@ def plain(error):
 
 
 def show(prompts, texts, first_row=0):
-    """Print each text while it is generated; if there are several, each below its prompt."""
+    """Print a text while it is generated, or several, each below its prompt."""
     for prompt, pieces in zip(prompts, texts(prompts, first_row=first_row)):
         if len(prompts) > 1:
             print(f"> {prompt}")
@@ -432,7 +433,7 @@ def write_json_lines(lines, batch_size, texts):
         return answers(batch[:half], first_row) + answers(batch[half:], first_row + half)
 
     n_lines = len(lines) if isinstance(lines, list) else None
-    bar = tqdm(total=n_lines, unit=" prompts", disable=sys.stdout.isatty() or None)  # None: if this is no terminal
+    bar = tqdm(total=n_lines, unit=" prompts", disable=sys.stdout.isatty() or None)  # None: unless stderr is one
     lines, n_done, n_errors = iter(lines), 0, 0
     while batch := list(itertools.islice(lines, batch_size)):
         for line, answer in zip(batch, answers(batch, n_done)):
@@ -478,7 +479,7 @@ def parse(function):
     arguments += [f"\0{argument}" for argument in sys.argv[len(flags) + 2 :]]
     parser.DefaultParseValue = lambda text: text.lstrip("\0")  # no "1,2" that becomes a tuple
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # fire would show the flags of what the stand-in returns
+        with contextlib.redirect_stderr(io.StringIO()):  # of an unknown flag fire would not say which ones there are
             Fire(stand_in, arguments)
     except core.FireExit as result:
         fault = result.trace.elements[-1].ErrorAsStr().replace("\0", "")
@@ -502,8 +503,7 @@ def run(function):
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if is_process:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in trap '' INT
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it by the signal, so a shell loop around it ends
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it by the signal, so a shell loop around it ends
     try:
         args, options = parse(function)
         with np.errstate(all="ignore"):  # NaN is found in the logits
