@@ -20,10 +20,11 @@ import sys
 import time
 from pathlib import Path
 
+PACKAGES = "numpy regex requests tqdm fire"  # all that 2M and 124M need
 try:
     import numpy as np
 except ImportError as error:
-    sys.exit(f"error: {error}; pip install -r requirements.txt")
+    sys.exit(f"error: {error}; pip install {PACKAGES}")
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"  # or what GPT2_MODELS_URL in the environment says
 SUFFIX = ".data-00000-of-00001"
@@ -113,7 +114,7 @@ def download(url, path, model_size):
             while cause.__context__:  # the first cause says it in plain words: "Connection refused"
                 cause = cause.__context__
             proxy = "the proxy: " if isinstance(error, requests.exceptions.ProxyError) else ""
-            failure = f"cannot fetch {url}: {proxy}{getattr(cause, 'strerror', None) or cause}"
+            failure = f"cannot fetch {url}: {proxy}{getattr(cause, 'strerror', None) or plain(cause)}"
             if isinstance(error, ValueError) or isinstance(cause, ssl.CertificateError):  # trying again cannot help
                 raise OSError(failure) from None
         n_fruitless = 0 if size_of(part) > size else n_fruitless + 1
@@ -286,7 +287,8 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     data, note, mapped, others = Path(tf_ckpt_path + SUFFIX), Path(tf_ckpt_path + ".checked.json"), {}, {}
     files = {name: data.parent / name for name in FILES[:3] if (data.parent / name).exists()}
     files |= {INDEX: Path(tf_ckpt_path + ".index"), DATA: data}
-    stats = [path.stat() for path in files.values()]
+    with reading(f"{tf_ckpt_path}.index or {SUFFIX}"):
+        stats = [path.stat() for path in files.values()]
     checked = json.dumps([[[s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in stats], hparams])
     shapes = tensor_shapes(hparams)
     if size_of(data) == data_size(hparams):
@@ -327,7 +329,8 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
             prefixes = re.findall(r'^model_checkpoint_path: "(?:[^"]*[/\\])?([^"]+)"', checkpoint.read_text("utf-8"))
     elif not prefixes:
         there = ", ".join(sorted({path.parent.name for path in models_dir.glob("*/*.index")})) or "none"
-        raise ValueError(f"no model {model_size!r} in {models_dir}; there: {there}; to fetch: {', '.join(RELEASED)}")
+        where = f"no model {model_size!r} with an *.index file in {models_dir}"
+        raise ValueError(f"{where}; there: {there}; to fetch: {', '.join(RELEASED)}")
     if len(prefixes) != 1:
         raise ValueError(f"{checkpoint} does not say which checkpoint to load; {MEND}")
     hparams = load_hparams(model_dir / "hparams.json", model_size)
@@ -395,8 +398,8 @@ def read_prompts(prompts, prompt, prompts_file):
         raise ValueError("give prompts or --prompts_file, not both")
     path = 0 if prompts_file in (None, "-") else os.path.expanduser(prompts_file)  # 0: standard input
     file = open(path, "rb", closefd=path != 0)  # noqa: SIM115
-    if re.match(rb"\xff\xfe|\xfe\xff|.?\0", file.peek(2)):  # its byte order mark, or half a letter
-        raise ValueError(f"{prompts_file or 'standard input'} is UTF-16 text, not UTF-8")
+    if re.match(rb"(?s)\xff\xfe|\xfe\xff|.\0.\0|\0.\0.", file.peek(4)):  # its byte order mark, or two letters
+        raise ValueError(f"{path or 'standard input'} is UTF-16 text, not UTF-8")
     text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n")
     lines = (line.removesuffix("\n").removesuffix("\r") for line in (text if prompts_file else [text.read()]))
     return lines if prompts_file and not file.seekable() else list(lines)  # from a pipe they come one by one
@@ -484,6 +487,7 @@ def parse(function):
     except core.FireExit as result:
         fault = result.trace.elements[-1].ErrorAsStr().replace("\0", "")
         print(f"ERROR: {fault}\n{helptext.UsageText(stand_in, at_start)}", file=sys.stderr)
+        print("After -- a prompt may begin with a dash.", file=sys.stderr)
         raise
     finally:
         parser.DefaultParseValue = default_parse
@@ -516,5 +520,6 @@ def run(function):
     except (ImportError, MemoryError, OSError, ValueError) as error:
         if is_process:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop unwritten text
-        hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
+        needed = "-r requirements.txt" if "tensorflow" in str(error) else PACKAGES
+        hint = f"; pip install {needed}" if isinstance(error, ImportError) else ""
         sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {plain(error)}{hint}")  # 141 is 128 + SIGPIPE

@@ -177,8 +177,8 @@ def test_help(args):
 
 
 def test_characters_of_several_tokens_whole_and_broken(model):
-    ids = gpt2.generate(model[0].encode("Once"), model[2], 4, 100, temperature=1e9, seed=45)
-    text = texts_of("Once", 100, temperature=1e9, seed=45)
+    ids = gpt2.generate(model[0].encode("Once"), model[2], 4, 100, temperature=1e9, seed=2)
+    text = texts_of("Once", 100, temperature=1e9, seed=2)
     assert text == model[0].decode(ids) != "".join(model[0].decode([id]) for id in ids)
 
 
