@@ -231,8 +231,8 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
             ids = logits.argmax(-1)  # [n_batch]
         else:
             probs = sample_probs(logits, **sampling)  # [n_batch, n_vocab]
-            # In probs / noise, token i has the highest number with probability probs[i]. choice(p=probs) draws by sums of
-            # all probs, so their last digits, which depend on the batch, would tip it far more often.
+            # Token i wins with probability probs[i]. generator.choice() does it with sums of all probs, whose last digits
+            # depend on the batch and would tip it far more often.
             noise = np.array([generator.standard_exponential(n_vocab) for generator in generators])
             ids = (probs / noise).argmax(-1)
         yield ids
