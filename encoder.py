@@ -92,7 +92,7 @@ class Encoder:
         return ids
 
     def encode(self, text):
-        """text -> ids; "<|endoftext|>" is plain text. Raises ValueError for a word of megabytes or a lone surrogate."""
+        """text -> ids; "<|endoftext|>" is split like any text. ValueError: a word of megabytes, or a lone surrogate."""
         return [id for word in WORDS.findall(text) for id in self.encode_word(word)]
 
     def decode_steps(self, ids):

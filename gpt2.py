@@ -22,10 +22,11 @@ import numpy as np
 #   3. After a last layer_norm, each row is compared with all embeddings. That gives the logits: a score for each token
 #      of the vocabulary, higher if it is more likely to come next. softmax turns scores into probabilities.
 # The weights (w, b, g, wte, wpe) were learned by predicting the next token in 40 GB of text. No position may look
-# ahead, or it would copy the answer. To train, begin with random numbers around 0, of size 0.02 (but g = 1, b = 0). On
-# some texts (GPT-2 took 512 at a time) compute the loss: the mean of -log(probability given to the token that did come
-# next). Subtract from all weights, say, 0.001 times its gradient, evened out by Adam (Kingma & Ba, 2015), and repeat.
-# JAX computes the gradient if jax.numpy takes the place of np, since without a cache no function changes its arguments.
+# ahead, or it would copy the answer. To train, begin with random numbers around 0, of size 0.02 (but g = 1, b = 0), and
+# cut text into rows of n_ctx tokens. Of some rows (GPT-2 took 512) compute the loss, the mean of -log(probability given
+# to the token that did come next). Subtract from each weight a little of the loss's gradient; repeat while it falls.
+# jax.grad computes the gradient, with jax.numpy in place of np (whose arrays nothing may change; here only the cache,
+# below, is changed).
 #
 # Shapes stand at the end of a line; "..." is any leading axes, or none. OpenAI's 124M (million weights) has n_vocab =
 # 50257 tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 64.
@@ -118,7 +119,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     inputs = np.asarray(inputs)
     if positions is None:
         positions = np.broadcast_to(np.arange(inputs.shape[-1]), inputs.shape)
-    x = wte[inputs] + wpe[positions]  # training gives the two different directions, so blocks can tell them apart
+    x = wte[inputs] + wpe[positions]  # training turns the two in different directions, so blocks can tell them apart
     x = x.reshape(-1, x.shape[-1])  # all sequences in one matrix, for which NumPy reads w only once: [n_tokens, n_embd]
     for i, block in enumerate(blocks):
         remember = None if cache is None else partial(extend, cache[i])
@@ -200,19 +201,19 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
 
 
 def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, stop_id=None, seed=None, **sampling):
-    """Yield the next id of every prompt, [n_batch], step by step, until all have had stop_id. Raises ValueError.
+    """Yield the next id of every prompt, [n_batch], step by step, and end early if all have had stop_id.
 
     sampling: temperature, top_k, top_p. If neither these nor a seed are given, or temperature is 0, the highest logit
     wins (greedy). Else each prompt draws by itself, with a generator made from seed and its place among all prompts
     (first_row for the first). So its text does not depend on the batch size, but for one thing: larger matrix products
-    add in another order, so logits differ in their last digits, and that can tip a close choice.
+    add in another order, so logits differ in their last digits, and that can tip a close choice. Raises ValueError.
     """
     from utils import check_options, check_prompts
 
     if n_tokens_to_generate == 0:
         return  # fine from Python, but check_options refuses it, because in a command it is a mistake
     sampling = check_options(n_tokens_to_generate=n_tokens_to_generate, seed=seed, **sampling)
-    n_new, seed = sampling.pop("n_tokens_to_generate"), sampling.pop("seed")  # None if greedy, else drawn if not given
+    n_new, seed = sampling.pop("n_tokens_to_generate"), sampling.pop("seed")  # None: greedy; else drawn if not given
     n_vocab, n_embd = params["wte"].shape
     n_ctx, n_batch = len(params["wpe"]), len(prompts)
     prompts = check_prompts(prompts, first_row + 1, n_new, n_vocab, n_ctx)  # lists of ids
@@ -231,10 +232,10 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
             ids = logits.argmax(-1)  # [n_batch]
         else:
             probs = sample_probs(logits, **sampling)  # [n_batch, n_vocab]
-            # Token i wins with probability probs[i]. generator.choice() does it with sums of all probs, whose last digits
-            # depend on the batch and would tip it far more often.
+            # noise / p is how long an event of rate p takes to happen; the first is token i with probability p[i]. Last
+            # digits tip only a near tie of the first two, but in generator.choice() each of n_vocab sums can be tipped.
             noise = np.array([generator.standard_exponential(n_vocab) for generator in generators])
-            ids = (probs / noise).argmax(-1)
+            ids = (probs / noise).argmax(-1)  # the first
         yield ids
         ended |= ids == stop_id
         if n_left == 0 or ended.all():  # prompts that have ended are computed until all have; ignore their ids

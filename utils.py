@@ -39,7 +39,7 @@ HPARAMS = {  # 2M comes with this repository, the others were released by OpenAI
 }
 RELEASED = [*HPARAMS][1:]
 SIZES = {"encoder.json": 1_042_301, "vocab.bpe": 456_318, "checkpoint": 77}  # bytes
-SHA256 = {  # without a size: the same in all released models
+SHA256 = {  # a name alone holds for all released models
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
@@ -90,7 +90,7 @@ def size_of(path):
 
 
 def download(url, path, model_size):
-    """Fetch url into path. Until it is whole and found right it is path.part, which the next try or run continues."""
+    """Fetch url into path. It is path.part until it is whole and checked; the next try or run goes on from there."""
     import ssl
 
     import requests
@@ -160,7 +160,8 @@ def fetch(url, part, size, total):
                 bar.update(len(chunk))
             end = file.tell()
             expected = length or total or max(end, size)
-            # Drop too many bytes, and too few if the server gave no length: they may be of some other file.
+            # More than a file of this length, or less and no length was given: it may be another file, so drop it.
+            # Less than the length that was given: the connection broke, and what came is kept.
             if end > expected or (end < expected and not length):
                 file.truncate(size)
             if end != expected:
@@ -194,7 +195,7 @@ def load_hparams(path, model_size):
 
 
 def is_right(path, name, model_size):
-    """Whether this is the file of that name in a model we know, as far as we know it."""
+    """Whether a file is the real one, as far as we know its numbers, size or SHA-256."""
     if name == "hparams.json":
         with contextlib.suppress(ValueError):
             return bool(load_hparams(path, model_size))
@@ -344,7 +345,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
 
 
 def check_options(model_size=None, **options):
-    """Convert options to numbers; None stays None. If they ask for sampling, there is a seed afterwards.
+    """Convert options to numbers; None stays None. If they ask for sampling without a seed, one is drawn.
 
     Raises ValueError if one is out of range, TypeError if there is no such option.
     """
@@ -436,7 +437,8 @@ def write_json_lines(lines, batch_size, texts):
         return answers(batch[:half], first_row) + answers(batch[half:], first_row + half)
 
     n_lines = len(lines) if isinstance(lines, list) else None
-    bar = tqdm(total=n_lines, unit=" prompts", disable=sys.stdout.isatty() or None)  # None: unless stderr is one
+    # No bar between answers on a terminal; else (None) tqdm shows it if standard error is a terminal.
+    bar = tqdm(total=n_lines, unit=" prompts", disable=sys.stdout.isatty() or None)
     lines, n_done, n_errors = iter(lines), 0, 0
     while batch := list(itertools.islice(lines, batch_size)):
         for line, answer in zip(batch, answers(batch, n_done)):
@@ -466,7 +468,7 @@ def ask(texts):
 
 
 def parse(function):
-    """(args, options) that the command line has for a function. fire finds them, each a text, exactly as typed."""
+    """Let fire split the command line into args and options for the function; all stay strings, exactly as typed."""
     from fire import Fire, core, helptext, parser, trace
 
     calls, default_parse = [], parser.DefaultParseValue
