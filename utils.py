@@ -63,7 +63,7 @@ def download_gpt2_files(model_size, model_dir):
     def is_whole(path):  # another program may have saved an error page as checkpoint, or half of the data file
         if path.name == "checkpoint":
             return path.exists() and b"model_checkpoint_path" in path.read_bytes()
-        return path.exists() and (path.name != DATA or size_of(path) >= n_bytes)
+        return size_of(path) >= (n_bytes if path.name == DATA else 1)
 
     paths = [model_dir / name for name in FILES]
     if all(map(is_whole, paths)):
@@ -106,7 +106,7 @@ def download(url, path, model_size):
         try:
             fetch(url, part, size, total)
             if not is_right(part, path.name, model_size):
-                part.unlink()
+                part.unlink(missing_ok=True)
                 raise ValueError(f"it is not OpenAI's {path.name}")
             return part.replace(path)
         except (requests.RequestException, ValueError) as error:
@@ -200,11 +200,10 @@ def is_right(path, name, model_size):
         with contextlib.suppress(ValueError):
             return bool(load_hparams(path, model_size))
         return False
-    if name == DATA and size_of(path) != data_size(HPARAMS[model_size]):
+    if size_of(path) == 0 or (name == DATA and size_of(path) != data_size(HPARAMS[model_size])):
         return False
     known = SHA256.get(f"{model_size}/{name}") or SHA256.get(name)
-    content = np.memmap(path, np.uint8, "r") if known and size_of(path) else b""  # mapped, so not read into memory
-    return known in (None, hashlib.sha256(content).hexdigest())
+    return known is None or hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest() == known  # mapped, not read
 
 
 def tensor_shapes(hparams):

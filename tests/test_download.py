@@ -196,6 +196,7 @@ def test_a_url_that_leads_nowhere_is_told_at_once_if_it_never_can(server, monkey
 
 WRONG = [("124M", name, how) for name in FILES for how in ("page", "half")] + [("124M", DATA, "flipped")]
 WRONG += [("355M", name, how) for name in FILES[:4] for how in ("page", "half")] + [("355M", "checkpoint", "flipped")]
+WRONG += [("355M", INDEX, "empty")]
 WRONG += [("355M", "hparams.json", key) for key in TINY]
 
 
@@ -203,8 +204,9 @@ WRONG += [("355M", "hparams.json", key) for key in TINY]
 @pytest.mark.parametrize(("size", "name", "how"), WRONG)
 def test_a_wrong_file_is_not_kept(server, size, name, how, answer):
     server.folder, good = server.folder.parent / size, server.files[name]
-    wrong = {"page": HTML, "half": good[: len(good) // 2], "flipped": good[:-9] + bytes([good[-9] ^ 1]) + good[-8:]}
-    server.files[name] = wrong.get(how) or json.dumps({**TINY, how: 10}).encode()
+    wrong = {"empty": b"", "page": HTML, "half": good[: len(good) // 2]}
+    wrong["flipped"] = good[:-9] + bytes([good[-9] ^ 1]) + good[-8:]
+    server.files[name] = wrong[how] if how in wrong else json.dumps({**TINY, how: 10}).encode()
     server.faults[name] = iter([answer] * 5)
     assert f"{server.url}/{size}/{name}" in server.download_fails() and not (server.folder / name).exists()
     server.files[name] = good
