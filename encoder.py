@@ -17,8 +17,8 @@ from pathlib import Path
 
 import regex
 
-# A word is an ending such as 's or 'll, or a run of letters, digits, other signs or white space. It includes one space
-# before it: of several blanks, the last goes with the word, and the others are a word of their own.
+# A word is an ending such as 's or 'll, or a run of letters, digits or other signs, with the space before it if there
+# is one, or a run of white space (but for the space that goes with the next word).
 WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
@@ -37,7 +37,7 @@ class Encoder:
     """A tokenizer made from its vocabulary.
 
     encoder is {piece: id}. bpe_merges are the pairs of pieces to join, as ("l", "ow") or as "l ow", in the order in
-    which they were learned: each time the most frequent pair of a training text. errors is that of bytes.decode().
+    which they were learned: each time the most frequent pair of a training text. errors is as in bytes.decode().
     """
 
     def __init__(self, encoder, bpe_merges, errors="replace"):

@@ -25,8 +25,8 @@ import numpy as np
 # ahead, or it would copy the answer. To train, begin with random numbers around 0, of size 0.02 (but g = 1, b = 0), and
 # cut text into rows of n_ctx tokens. Of some rows (GPT-2 took 512) compute the loss, the mean of -log(probability given
 # to the token that did come next). Subtract from each weight a little of the loss's gradient; repeat while it falls.
-# jax.grad computes the gradient, with jax.numpy in place of np (whose arrays nothing may change; here only the cache,
-# below, is changed).
+# For the gradient, put jax.numpy in place of np and use jax.grad. (JAX arrays cannot be written into, as extend() below
+# does; with them, /= and += make new ones.)
 #
 # Shapes stand at the end of a line; "..." is any leading axes, or none. OpenAI's 124M (million weights) has n_vocab =
 # 50257 tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 64.
@@ -88,7 +88,7 @@ def mha(x, c_attn, c_proj, n_head, positions=None, remember=None):
     qkv = linear(x, **c_attn)  # c_attn (for attention) makes the q, k and v of all heads: [n_tokens, 3 * n_embd]
     qkv = qkv.reshape(*positions.shape, 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
-    if remember:  # with a cache this is extend() below: it keeps k and v, and returns those of all positions so far
+    if remember:  # this is extend(), below: it keeps k and v, and returns those of all positions so far
         k, v = remember(positions, k, v)  # 2 times [..., n_head, n_key, d_head]
     # The one rule: a query at position p sees the keys at positions <= p.
     query_positions = np.expand_dims(positions, (-3, -1))  # [..., 1, n_seq, 1]; the first 1 is for all heads
@@ -113,20 +113,20 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
     wte, wpe: word token and word position embeddings. blocks[3]["mlp"]["c_fc"] is {"w": ..., "b": ...}, arguments of
-    linear(). ln_f: the final layer_norm. With a cache (below) only the last token of each sequence gets logits:
-    [n_batch, n_vocab].
+    linear(). ln_f: the final layer_norm. With a cache (below) positions may begin anywhere, and only the last token of
+    each sequence gets logits: [n_batch, n_vocab].
     """
     inputs = np.asarray(inputs)
     if positions is None:
         positions = np.broadcast_to(np.arange(inputs.shape[-1]), inputs.shape)
-    x = wte[inputs] + wpe[positions]  # training turns the two in different directions, so blocks can tell them apart
+    x = wte[inputs] + wpe[positions]  # training makes them point in different directions, so blocks can tell them apart
     x = x.reshape(-1, x.shape[-1])  # all sequences in one matrix, for which NumPy reads w only once: [n_tokens, n_embd]
     for i, block in enumerate(blocks):
         remember = None if cache is None else partial(extend, cache[i])
         x = transformer_block(x, **block, n_head=n_head, positions=positions, remember=remember)
     x = layer_norm(x, **ln_f).reshape(*inputs.shape, -1)  # [..., n_seq, n_embd]
     if cache is not None:
-        x = x[:, -1]  # only the last one gives the next token; the other logits would be up to a third of the work
+        x = x[:, -1]  # the other logits would be up to a third of the work
     # The matrix that reads tokens in also scores them: a token is likely where x has come to resemble its embedding.
     return x @ wte.T  # a second matrix would be 39 million weights more
 
@@ -136,7 +136,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
 # position sees those after it, so its keys and values stay the same as the text grows. The KV cache keeps them, and a
 # new token costs one query instead of one for each token of the text. Queries are not kept: only a token's own step
 # needs its query. cache: [n_layer, 2 (keys, values), n_batch, n_head, n_positions, d_head], where n_positions is the
-# longest prompt with its new tokens. For 124M a position of a prompt is 12 * 2 * 768 numbers, 73,728 bytes.
+# longest prompt with its new tokens. For 124M each position of each prompt takes 12 * 2 * 768 numbers, 73,728 bytes.
 
 
 def extend(layer_cache, positions, k, v):
@@ -158,7 +158,7 @@ def prefill(prompts, model):
     A call takes about 256 tokens, to bound the memory, and returns the logits of its last column only, where a short
     prompt has a pad. So for prompts of 3 and 600 tokens, four calls on [2, 128] ids and one on [2, 85] run all columns
     but the last 3 (n_last). Then a call on [2, 3] runs the last 3 tokens of each prompt, at positions 0-2 and 597-599.
-    Those of the short one have been run before, with the same result.
+    The short one's were run before, with the same result.
     """
     n_batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts])
     longest, at_once = lengths.max(), max(1, 256 // n_batch)
@@ -211,7 +211,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     from utils import check_options, check_prompts
 
     if n_tokens_to_generate == 0:
-        return  # fine from Python, but check_options refuses it, because in a command it is a mistake
+        return  # check_options refuses 0, because in a command it is a mistake
     sampling = check_options(n_tokens_to_generate=n_tokens_to_generate, seed=seed, **sampling)
     n_new, seed = sampling.pop("n_tokens_to_generate"), sampling.pop("seed")  # None: greedy; else drawn if not given
     n_vocab, n_embd = params["wte"].shape
@@ -232,13 +232,13 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
             ids = logits.argmax(-1)  # [n_batch]
         else:
             probs = sample_probs(logits, **sampling)  # [n_batch, n_vocab]
-            # noise / p is how long an event of rate p takes to happen; the first is token i with probability p[i]. Last
-            # digits tip only a near tie of the first two, but in generator.choice() each of n_vocab sums can be tipped.
+            # noise / p are the waiting times of events with rates p, and event i is the first with probability p[i].
+            # Rounding can tip only a near tie of the first two; in generator.choice(), any of n_vocab running sums.
             noise = np.array([generator.standard_exponential(n_vocab) for generator in generators])
             ids = (probs / noise).argmax(-1)  # the first
         yield ids
         ended |= ids == stop_id
-        if n_left == 0 or ended.all():  # prompts that have ended are computed until all have; ignore their ids
+        if n_left == 0 or ended.all():  # those that have ended run on until all have; ignore their ids
             return
         logits = gpt2(ids[:, None], **model, positions=positions)  # decode: one query each
         positions = positions + 1
@@ -259,18 +259,18 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 def complete(prompts, loaded, batch_size, first_row=0, **options):
     """Yield each prompt's text as an iterator of pieces, batch by batch."""
     encoder, hparams, params = loaded
-    end = encoder.encoder["<|endoftext|>"]  # stands between texts, so it also begins one
+    end = encoder.encoder["<|endoftext|>"]  # stands between texts, so an empty prompt can begin with it
     for first in range(0, len(prompts), batch_size):
         batch = [encoder.encode(prompt) or [end] for prompt in prompts[first : first + batch_size]]
         steps = generate_steps(batch, params, hparams["n_head"], first_row=first_row + first, stop_id=end, **options)
-        # With a single prompt, pass on each id as soon as it is there, to be shown. Otherwise: [n_batch, n_steps].
+        # A single prompt: each id as soon as it is there. Otherwise: [n_batch, n_steps].
         rows = [(id for [id] in steps)] if len(batch) == 1 else np.transpose(list(steps)).tolist()
         for row in rows:
             yield encoder.decode_steps(itertools.takewhile(lambda id: id != end, row))
 
 
 def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None, batch_size=32, **sampling):
-    """For Python: returns the text after a prompt, or a list for a list of prompts. (cli prints, token by token.)"""
+    """For Python: returns the text after a prompt, or a list for a list of prompts. (cli prints instead.)"""
     from utils import check_options, load_encoder_hparams_and_params
 
     options = check_options(model_size, n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size, **sampling)

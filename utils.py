@@ -90,7 +90,7 @@ def size_of(path):
 
 
 def download(url, path, model_size):
-    """Fetch url into path. It is path.part until it is whole and checked; the next try or run goes on from there."""
+    """Fetch url into path. Until it is whole and checked it is path.part; the next try or run goes on from there."""
     import ssl
 
     import requests
@@ -127,7 +127,8 @@ def download(url, path, model_size):
 def fetch(url, part, size, total):
     """Append the rest of url to the file part, which has size bytes; total is the size of the whole, None if not known.
 
-    Nothing but the file itself is kept. Raises ValueError if trying again cannot help, else requests.RequestException.
+    Nothing is kept that is not of the file, as far as can be told. Raises ValueError if trying again cannot help, else
+    requests.RequestException.
     """
     import requests
     from tqdm import tqdm
@@ -160,8 +161,7 @@ def fetch(url, part, size, total):
                 bar.update(len(chunk))
             end = file.tell()
             expected = length or total or max(end, size)
-            # More than a file of this length, or less and no length was given: it may be another file, so drop it.
-            # Less than the length that was given: the connection broke, and what came is kept.
+            # Too many bytes, or too few from a server that gave no length, may be of another file: drop what came now.
             if end > expected or (end < expected and not length):
                 file.truncate(size)
             if end != expected:
@@ -279,7 +279,7 @@ def check(files, hparams, mapped, tf_ckpt_path):
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """The weights, a nested dict of float32 arrays: params["blocks"][3]["attn"]["c_attn"]["w"].
 
-    They are mapped into memory and not read, which takes no time. The first run checks all files of the model and notes
+    They are mapped into memory and not read, which takes no time. The first run checks the files of the model and notes
     their sizes and times; later runs skip that. A checkpoint with more in it, or in another order, is read through
     TensorFlow every time. Raises ValueError, OSError or ImportError.
     """
@@ -344,7 +344,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
 
 
 def check_options(model_size=None, **options):
-    """Convert options to numbers; None stays None. If they ask for sampling without a seed, one is drawn.
+    """Convert options to numbers; None stays None, but a seed of None becomes a random one if they ask for sampling.
 
     Raises ValueError if one is out of range, TypeError if there is no such option.
     """
@@ -483,7 +483,7 @@ def parse(function):
     arguments += [f"\0{argument}" for argument in sys.argv[len(flags) + 2 :]]
     parser.DefaultParseValue = lambda text: text.lstrip("\0")  # no "1,2" that becomes a tuple
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # of an unknown flag fire would not say which ones there are
+        with contextlib.redirect_stderr(io.StringIO()):  # fire would not list the flags that there are
             Fire(stand_in, arguments)
     except core.FireExit as result:
         fault = result.trace.elements[-1].ErrorAsStr().replace("\0", "")
