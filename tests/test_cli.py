@@ -195,7 +195,7 @@ REFUSED = {  # what is typed: what the line must tell
     f"{IN_2M} -n 256": "256", f"{IN_2M} --prompt=\udcff": "UTF-8", "-n 1024": "1023",
 }  # fmt: skip
 FAULTS = {  # what is done before the command runs: what the line must tell
-    **{f"sys.modules['{name}'] = None": f"{name}.*pip install" for name in ("numpy", "regex", "fire", "requests")},
+    **{f"sys.modules['{x}'] = None": f"{x}.*pip install.*{x}" for x in ("numpy", "regex", "fire", "requests")},
     "import numpy; numpy.tanh = lambda x: bytes(2**62)": "Memory",
     "import numpy; numpy.tanh = lambda x: x * numpy.inf": "weights",
 }

@@ -42,7 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, start, body, status=206, length=None, content_range="bytes {}-{}/{}", more=b"", n=None, stop=None):
         """A good server's answer, if nothing else is wanted. n: only so many bytes. stop: after so many, until go."""
         if not status or len(self.server.requests) > 99:  # hang up; there is no end to it
-            return
+            return self.wfile.write(more)
         if status == 206 and start >= len(body):
             status, content_range = 416, "bytes */{2}"
         piece = {200: body, 206: body[start:]}.get(status, b"") + more
@@ -141,10 +141,11 @@ def test_only_what_is_missing_is_fetched(server, name, suffix, share):
 
 
 OFFSET, LONG_PAGE = 100_000, HTML * 10**5
+# These bring nothing.
 NOTHING = [{"n": 0}, {"status": None}, {"status": 503, "more": HTML}, {"content_range": "bytes 99999-{1}/{2}"}]
-NOTHING += [{"content_range": None}, {"more": b"more"}, {"status": 500}]  # these bring nothing
+NOTHING += [{"content_range": None}, {"more": b"more"}, {"status": 500}, {"status": None, "more": b"SSH-2.0\r\n"}]
 # The answers from OFFSET on, and where the requests after them may begin (nowhere: there need not be any)
-FAULTS = [(NOTHING[:4], [OFFSET]), ([*NOTHING[:4], {"n": 50_000}, *NOTHING[3:]], range(OFFSET, 150_001))]
+FAULTS = [(NOTHING[:4], [OFFSET]), ([*NOTHING[:4], {"n": 50_000}, *NOTHING[3:7]], range(OFFSET, 150_001))]
 FAULTS += [([{"n": 300_000}], range(380_000, 400_001)), ([{"stop": 300_000}], range(380_000, 400_001))]
 FAULTS += [([{"n": 300_000, "length": length}], [400_000]) for length in (False, 300_000)]
 FAULTS += [([{"status": 200, "n": 300_000}], range(280_000, 300_001))]

@@ -313,13 +313,13 @@ def test_what_generate_refuses(inputs, number, what):
 
 @pytest.mark.parametrize("name", ["wte", "wpe", "blocks"])
 def test_weights_that_are_not_numbers(module, name):
-    """NaN in one place (of wte, that of a token that does not occur) is an error that names the weights."""
+    """NaN or infinity in one place is an error that names the weights, if it is met: in wte by all, in wpe by one row."""
     params = random_params()
     weights = params["blocks"][1]["mlp"]["c_proj"]["b"] if name == "blocks" else params[name][3]
-    weights[2] = np.nan
-    for options in [{}, {"seed": 1}][: 1 + (module is gpt2)]:
-        with pytest.raises(ValueError, match="weights"), np.errstate(all="ignore"):
-            module.generate([1, 2, 1, 0], params, N_HEAD, 1, **options)
+    for weights[2] in np.nan, np.inf:
+        for options in [{}, {"seed": 1}][: 1 + (module is gpt2)]:
+            with pytest.raises(ValueError, match="weights"), np.errstate(all="ignore"):
+                module.generate([[1], [1, 2, 1, 0]], params, N_HEAD, 1, **options)
 
 
 # ---- The files ------------------------------------------------------------------------------------------------------
