@@ -468,30 +468,28 @@ def ask(texts):
 
 def parse(function):
     """Let fire split the command line into args and options for the function; all stay strings, exactly as typed."""
-    from fire import Fire, core, helptext, parser, trace
+    from fire import Fire, core, decorators, helptext, trace
 
-    calls, default_parse = [], parser.DefaultParseValue
+    calls = []
     # fire calls a function before it sees an unknown flag, so what it calls is a stand-in
     stand_in = functools.wraps(function)(lambda *args, **options: calls.append((args, options)))
-    at_start = trace.FireTrace(stand_in, os.path.basename(sys.argv[0]))
+    decorators.SetParseFn(lambda text: text.lstrip("\0"))(stand_in)  # no "1,2" that becomes a tuple
+    at_start = trace.FireTrace(function, os.path.basename(sys.argv[0]))
     flags = list(itertools.takewhile(lambda argument: argument != "--", sys.argv[1:]))
     if not {"-h", "--help"}.isdisjoint(flags):
-        print(helptext.HelpText(stand_in, at_start), flush=True)
+        print(helptext.HelpText(function, at_start), flush=True)
         sys.exit()
     # NUL, which nobody can type, marks what fire would not take for an argument: "-", and all that follows "--".
     arguments = ["\0-" if argument == "-" else argument for argument in flags]
     arguments += [f"\0{argument}" for argument in sys.argv[len(flags) + 2 :]]
-    parser.DefaultParseValue = lambda text: text.lstrip("\0")  # no "1,2" that becomes a tuple
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # fire would not list the flags that there are
             Fire(stand_in, arguments)
     except core.FireExit as result:
         fault = result.trace.elements[-1].ErrorAsStr().replace("\0", "")
-        print(f"ERROR: {fault}\n{helptext.UsageText(stand_in, at_start)}", file=sys.stderr)
+        print(f"ERROR: {fault}\n{helptext.UsageText(function, at_start)}", file=sys.stderr)
         print("After -- a prompt may begin with a dash.", file=sys.stderr)
         raise
-    finally:
-        parser.DefaultParseValue = default_parse
     for flag, value in zip(flags, [*flags[1:], "--"]):
         if re.fullmatch("--?[A-Za-z][A-Za-z_-]*", flag) and re.match("-[A-Za-z-]", value):
             raise ValueError(f"{flag} needs a value")  # for --seed --top_k 5, fire takes "True" as the seed
