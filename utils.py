@@ -226,20 +226,18 @@ def data_size(hparams):
 def read_through_tensorflow(tf_ckpt_path, hparams):
     """Yield (name, tensor) for each tensor, verified by its checksum. Raises ValueError or ImportError."""
     folder, prefix = os.path.split(os.path.abspath(tf_ckpt_path))
-    with contextlib.ExitStack() as at_end, open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w") as nowhere, open(os.dup(2), "w") as stderr, contextlib.ExitStack() as at_end:
         at_end.callback(os.chdir, os.getcwd())
         os.chdir(folder)  # in a path, TensorFlow takes [ for the beginning of a pattern
-        stderr = os.dup(2)
-        at_end.callback(os.close, stderr)
-        at_end.callback(os.dup2, stderr, 2)
+        at_end.callback(os.dup2, stderr.fileno(), 2)
         os.dup2(nowhere.fileno(), 2)  # TensorFlow writes to standard error from C++
         try:
             import tensorflow as tf
 
             load_checkpoint = tf.train.load_checkpoint
         except Exception as error:  # noqa: BLE001
-            reason = f"{type(error).__name__}: {error}"
-            raise ImportError(f"all models but 2M and 124M are checked by tensorflow, which fails ({reason})") from None
+            reason = f"({type(error).__name__}: {error}); pip install -r requirements.txt"
+            raise ImportError(f"all models but 2M and 124M are checked by tensorflow, which fails {reason}") from None
         with reading(f"{tf_ckpt_path}.index or {SUFFIX}"):
             reader = load_checkpoint(prefix)
             found = reader.get_variable_to_shape_map()
@@ -435,9 +433,8 @@ def write_json_lines(lines, batch_size, texts):
         half = len(batch) // 2  # halve the batch until the bad line is alone
         return answers(batch[:half], first_row) + answers(batch[half:], first_row + half)
 
-    n_lines = len(lines) if isinstance(lines, list) else None
     # No bar between answers on a terminal; else (None) tqdm shows it if standard error is a terminal.
-    bar = tqdm(total=n_lines, unit=" prompts", disable=sys.stdout.isatty() or None)
+    bar = tqdm(lines, unit=" prompts", disable=sys.stdout.isatty() or None)  # it counts them, if it is a list
     lines, n_done, n_errors = iter(lines), 0, 0
     while batch := list(itertools.islice(lines, batch_size)):
         for line, answer in zip(batch, answers(batch, n_done)):
@@ -519,6 +516,5 @@ def run(function):
     except (ImportError, MemoryError, OSError, ValueError) as error:
         if is_process:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop unwritten text
-        needed = "-r requirements.txt" if "tensorflow" in str(error) else PACKAGES
-        hint = f"; pip install {needed}" if isinstance(error, ImportError) else ""
+        hint = f"; pip install {PACKAGES}" if isinstance(error, ModuleNotFoundError) else ""
         sys.exit(141 if isinstance(error, BrokenPipeError) else f"error: {plain(error)}{hint}")  # 141 is 128 + SIGPIPE
