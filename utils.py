@@ -232,14 +232,12 @@ def read_through_tensorflow(tf_ckpt_path, hparams):
         at_end.callback(os.dup2, stderr.fileno(), 2)
         os.dup2(nowhere.fileno(), 2)  # TensorFlow writes to standard error from C++
         try:
-            import tensorflow as tf
-
-            load_checkpoint = tf.train.load_checkpoint
+            from tensorflow import train
         except Exception as error:  # noqa: BLE001
             reason = f"({type(error).__name__}: {error}); pip install -r requirements.txt"
             raise ImportError(f"all models but 2M and 124M are checked by tensorflow, which fails {reason}") from None
         with reading(f"{tf_ckpt_path}.index or {SUFFIX}"):
-            reader = load_checkpoint(prefix)
+            reader = train.load_checkpoint(prefix)
             found = reader.get_variable_to_shape_map()
             if f"model/h{hparams['n_layer']}/ln_1/b" in found:
                 raise ValueError("it has more layers than hparams.json says")
@@ -395,11 +393,10 @@ def read_prompts(prompts, prompt, prompts_file):
     if prompts:
         raise ValueError("give prompts or --prompts_file, not both")
     path = 0 if prompts_file in (None, "-") else os.path.expanduser(prompts_file)  # 0: standard input
-    file = open(path, "rb", closefd=path != 0)  # noqa: SIM115
-    if re.match(rb"(?s)\xff\xfe|\xfe\xff|.\0.\0|\0.\0.", file.peek(4)):  # its byte order mark, or two letters
+    file = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n", closefd=path != 0)  # noqa: SIM115
+    if re.match(rb"(?s)\xff\xfe|\xfe\xff|.\0.\0|\0.\0.", file.buffer.peek(4)):  # its byte order mark, or two letters
         raise ValueError(f"{path or 'standard input'} is UTF-16 text, not UTF-8")
-    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n")
-    lines = (line.removesuffix("\n").removesuffix("\r") for line in (text if prompts_file else [text.read()]))
+    lines = (line.removesuffix("\n").removesuffix("\r") for line in (file if prompts_file else [file.read()]))
     return lines if prompts_file and not file.seekable() else list(lines)  # from a pipe they come one by one
 
 
