@@ -432,17 +432,16 @@ def write_json_lines(lines, batch_size, texts):
 
     # No bar between answers on a terminal; else (None) tqdm shows it if standard error is a terminal.
     bar = tqdm(lines, unit=" prompts", disable=sys.stdout.isatty() or None)  # it counts them, if it is a list
-    lines, n_done, n_errors = iter(lines), 0, 0
+    lines, failed = iter(lines), []  # for each line that is done: whether it has no text
     while batch := list(itertools.islice(lines, batch_size)):
-        for line, answer in zip(batch, answers(batch, n_done)):
+        for line, answer in zip(batch, answers(batch, len(failed))):
             line = line.encode(errors="surrogateescape").decode(errors="replace")
             print(json.dumps({"prompt": line, **answer}), flush=True)
-            n_errors += "error" in answer
-        n_done += len(batch)
+            failed.append("error" in answer)
         bar.update(len(batch))
     bar.close()
-    if n_errors:
-        raise ValueError(f"no text for {n_errors} of {n_done} prompts; their lines say why")
+    if any(failed):
+        raise ValueError(f"no text for {sum(failed)} of {len(failed)} prompts; their lines say why")
 
 
 def ask(texts):
