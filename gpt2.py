@@ -1,7 +1,6 @@
 """GPT-2 in plain NumPy: the model, its cache, generation, the command line.
 
-The model is that of "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019); OpenAI's code is at
-https://github.com/openai/gpt-2.
+After "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) and https://github.com/openai/gpt-2.
 """
 
 import itertools
@@ -25,8 +24,7 @@ import numpy as np
 # ahead, or it would copy the answer. To train, begin with random numbers around 0, of size 0.02 (but g = 1, b = 0), and
 # cut text into rows of n_ctx tokens. Of some rows (GPT-2 took 512) compute the loss, the mean of -log(probability given
 # to the token that did come next). Subtract from each weight a little of the loss's gradient; repeat while it falls.
-# For the gradient, put jax.numpy in place of np and use jax.grad. (JAX arrays cannot be written into, as extend() below
-# does; with them, /= and += make new ones.)
+# jax.grad computes it, with jax.numpy in place of np. (JAX arrays never change: += makes a new one, extend() fails.)
 #
 # Shapes stand at the end of a line; "..." is any leading axes, or none. OpenAI's 124M (million weights) has n_vocab =
 # 50257 tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 64.
@@ -112,9 +110,9 @@ def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, remember
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
-    wte, wpe: word token and word position embeddings. blocks[3]["mlp"]["c_fc"] is {"w": ..., "b": ...}, arguments of
-    linear(). ln_f: the final layer_norm. With a cache (below) positions may begin anywhere, and only the last token of
-    each sequence gets logits: [n_batch, n_vocab].
+    wte, wpe: word token and word position embeddings. ln_f: final layer_norm. blocks[3]["mlp"]["c_fc"]: {"w", "b"}.
+    With a cache (below) positions may begin anywhere, and only the last token of each sequence gets logits:
+    [n_batch, n_vocab].
     """
     inputs = np.asarray(inputs)
     if positions is None:
@@ -157,8 +155,7 @@ def prefill(prompts, model):
 
     A call takes about 256 tokens, to bound the memory, and returns the logits of its last column only, where a short
     prompt has a pad. So for prompts of 3 and 600 tokens, four calls on [2, 128] ids and one on [2, 85] run all columns
-    but the last 3 (n_last). Then a call on [2, 3] runs the last 3 tokens of each prompt, at positions 0-2 and 597-599.
-    The short one's were run before, with the same result.
+    but the last 3 (n_last). Then a call on [2, 3] runs each prompt's last 3, at positions 0-2 (again) and 597-599.
     """
     n_batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts])
     longest, at_once = lengths.max(), max(1, 256 // n_batch)
