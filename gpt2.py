@@ -223,11 +223,10 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     positions = np.array([[len(prompt)] for prompt in prompts])  # of the next token of each: [n_batch, 1]
     ended = np.zeros(n_batch, bool)
     for n_left in reversed(range(n_new)):
-        if not np.isfinite(logits.max(-1)).all():
+        ids = logits.argmax(-1)  # of the highest, or of NaN if there is one: [n_batch]
+        if not np.isfinite(logits[range(n_batch), ids]).all():
             raise ValueError("the logits are not numbers: there must be NaN or infinity among the weights")
-        if seed is None:
-            ids = logits.argmax(-1)  # [n_batch]
-        else:
+        if seed is not None:
             probs = sample_probs(logits, **sampling)  # [n_batch, n_vocab]
             # noise / p are the waiting times of events with rates p, and event i is the first with probability p[i].
             # Rounding can tip only a near tie of the first two; in generator.choice(), any of n_vocab running sums.
