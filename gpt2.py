@@ -24,7 +24,7 @@ import numpy as np
 # ahead, or it would copy the answer. To train, begin with random numbers around 0, of size 0.02 (but g = 1, b = 0), and
 # cut text into rows of n_ctx tokens. Of some rows (GPT-2 took 512) compute the loss, the mean of -log(probability given
 # to the token that did come next). Subtract from each weight a little of the loss's gradient; repeat while it falls.
-# jax.grad computes it, with jax.numpy in place of np. (JAX arrays never change: += makes a new one, extend() fails.)
+# jax.grad computes it, with jax.numpy in place of np and without a cache (JAX arrays cannot be written into).
 #
 # Shapes stand at the end of a line; "..." is any leading axes, or none. OpenAI's 124M (million weights) has n_vocab =
 # 50257 tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 64.
@@ -153,8 +153,8 @@ def prefill(prompts, model):
     model: all arguments of gpt2() but inputs and positions. Short prompts are padded on the right. A pad stands after
     all tokens of its prompt, so none of them sees it; new tokens overwrite the pads in the cache one by one.
 
-    A call takes about 256 tokens, to bound the memory, and returns the logits of its last column only, where a short
-    prompt has a pad. So for prompts of 3 and 600 tokens, four calls on [2, 128] ids and one on [2, 85] run all columns
+    To bound the memory, a call takes 256 tokens or a few less. It returns the logits of its last column only, where a
+    short prompt has a pad. So for prompts of 3 and 600 tokens, four calls on [2, 128] ids and one on [2, 85] run all columns
     but the last 3 (n_last). Then a call on [2, 3] runs each prompt's last 3, at positions 0-2 (again) and 597-599.
     """
     n_batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts])
@@ -210,7 +210,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
     if n_tokens_to_generate == 0:
         return  # check_options refuses 0, because in a command it is a mistake
     sampling = check_options(n_tokens_to_generate=n_tokens_to_generate, seed=seed, **sampling)
-    n_new, seed = sampling.pop("n_tokens_to_generate"), sampling.pop("seed")  # None: greedy; else drawn if not given
+    n_new, seed = sampling.pop("n_tokens_to_generate"), sampling.pop("seed")  # now None only if greedy
     n_vocab, n_embd = params["wte"].shape
     n_ctx, n_batch = len(params["wpe"]), len(prompts)
     prompts = check_prompts(prompts, first_row + 1, n_new, n_vocab, n_ctx)  # lists of ids
@@ -229,7 +229,8 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
         if seed is not None:
             probs = sample_probs(logits, **sampling)  # [n_batch, n_vocab]
             # noise / p are the waiting times of events with rates p, and event i is the first with probability p[i].
-            # Rounding can tip only a near tie of the first two; in generator.choice(), any of n_vocab running sums.
+            # So rounding matters only if the first two nearly tie. (choice() looks a random number up among n_vocab sums,
+            # and rounding shifts each of them.)
             noise = np.array([generator.standard_exponential(n_vocab) for generator in generators])
             ids = (probs / noise).argmax(-1)  # the first
         yield ids
@@ -241,7 +242,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
 
 
 def generate(inputs, params, n_head, n_tokens_to_generate, **options):
-    """The ids that follow a prompt's ids: a list; for a list of prompts a list of lists. See generate_steps."""
+    """The ids that follow a prompt's ids: a list; for a list of prompts a list of lists. See generate_steps()."""
     is_batch = any(np.ndim(prompt) for prompt in inputs)
     prompts = inputs if is_batch else [inputs]
     steps = list(generate_steps(prompts, params, n_head, n_tokens_to_generate, **options))

@@ -1,5 +1,5 @@
 # fmt: off
-"""gpt2.py without the words: GPT-2 with a KV cache, for prompts of any lengths, in as few lines as we dared."""
+"""gpt2.py without the words: greedy GPT-2 with a KV cache, for prompts of any lengths, in as few lines as we dared."""
 import utils  # noqa: I001
 import numpy as np
 

@@ -1,7 +1,7 @@
 """What gpt2.py needs around the model: download it, check it, map it into memory; run a function as a command.
 
 Whatever goes wrong on the way (a dropped connection, a full disk, a damaged file, kill -9), nothing is left behind that
-the next run would wrongly trust. ValueError and OSError carry one line that says what to do, and run() prints it.
+the next run would wrongly trust. ValueError and OSError carry one line that says what is wrong; run() prints it.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ def download(url, path, model_size):
 
     part, n_fruitless = Path(f"{path}.part"), 0
     total = {**SIZES, DATA: data_size(HPARAMS[model_size])}.get(path.name)  # None: not known
-    if path.name == DATA and path.exists():
+    if path.name == DATA and path.exists():  # half of it, as is_whole() found
         path.replace(part)
     if total and size_of(part) > total:
         part.unlink()
@@ -183,7 +183,7 @@ def reading(path):
 
 
 def load_hparams(path, model_size):
-    """n_vocab, n_ctx, n_embd, n_head, n_layer. Raises ValueError, also if we know that model_size has others."""
+    """n_vocab, n_ctx, n_embd, n_head, n_layer. Raises ValueError, also if they are not those of HPARAMS[model_size]."""
     with reading(path):
         hparams = json.loads(path.read_bytes())
         sizes = [hparams[key] for key in HPARAMS["2M"]]
@@ -340,7 +340,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
 
 
 def check_options(model_size=None, **options):
-    """Convert options to numbers; None stays None, but a seed of None becomes a random one if they ask for sampling.
+    """Convert options to numbers; None stays None. But the seed becomes None if they mean greedy, else never.
 
     Raises ValueError if one is out of range, TypeError if there is no such option.
     """
