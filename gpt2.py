@@ -154,8 +154,8 @@ def prefill(prompts, model):
     all tokens of its prompt, so none of them sees it; new tokens overwrite the pads in the cache one by one.
 
     To bound the memory, a call takes 256 tokens or a few less. It returns the logits of its last column only, where a
-    short prompt has a pad. So for prompts of 3 and 600 tokens, four calls on [2, 128] ids and one on [2, 85] run all columns
-    but the last 3 (n_last). Then a call on [2, 3] runs each prompt's last 3, at positions 0-2 (again) and 597-599.
+    short prompt has a pad. So for prompts of 3 and 600 tokens, four calls on [2, 128] ids and one on [2, 85] run all
+    columns but the last 3 (n_last). Then one on [2, 3] runs each prompt's last 3, at positions 0-2 (again) and 597-599.
     """
     n_batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts])
     longest, at_once = lengths.max(), max(1, 256 // n_batch)
@@ -229,7 +229,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, s
         if seed is not None:
             probs = sample_probs(logits, **sampling)  # [n_batch, n_vocab]
             # noise / p are the waiting times of events with rates p, and event i is the first with probability p[i].
-            # So rounding matters only if the first two nearly tie. (choice() looks a random number up among n_vocab sums,
+            # So rounding matters only if the first two nearly tie. (choice() looks a random number up in n_vocab sums,
             # and rounding shifts each of them.)
             noise = np.array([generator.standard_exponential(n_vocab) for generator in generators])
             ids = (probs / noise).argmax(-1)  # the first
