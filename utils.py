@@ -340,9 +340,9 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
 
 
 def check_options(model_size=None, **options):
-    """Convert options to numbers; None stays None. But the seed becomes None if they mean greedy, else never.
+    """Convert options to numbers; None stays None, but if they ask for sampling without a seed, one is drawn.
 
-    Raises ValueError if one is out of range, TypeError if there is no such option.
+    If they mean greedy, the seed becomes None. Raises ValueError if one is out of range, TypeError for an unknown one.
     """
     longest = HPARAMS[model_size]["n_ctx"] - 1 if model_size in HPARAMS else 10**9
     ranges = {  # name: (type, lowest, highest)
