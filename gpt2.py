@@ -24,7 +24,7 @@ import numpy as np
 # ahead, or it would copy the answer. To train, begin with random numbers around 0, of size 0.02 (but g = 1, b = 0), and
 # cut text into rows of n_ctx tokens. Of some rows (GPT-2 took 512) compute the loss, the mean of -log(probability given
 # to the token that did come next). Subtract from each weight a little of the loss's gradient; repeat while it falls.
-# jax.grad computes it, with jax.numpy in place of np and without a cache (JAX arrays cannot be written into).
+# jax.grad computes it, with jax.numpy for np and no cache: JAX arrays cannot be written into (+= makes new ones).
 #
 # Shapes stand at the end of a line; "..." is any leading axes, or none. OpenAI's 124M (million weights) has n_vocab =
 # 50257 tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 64.
@@ -111,8 +111,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
     wte, wpe: word token and word position embeddings. ln_f: final layer_norm. blocks[3]["mlp"]["c_fc"]: {"w", "b"}.
-    With a cache (below) positions may begin anywhere, and only the last token of each sequence gets logits:
-    [n_batch, n_vocab].
+    With a cache (below) positions may begin anywhere, and only the last column gets logits: [n_batch, n_vocab].
     """
     inputs = np.asarray(inputs)
     if positions is None:
@@ -153,7 +152,7 @@ def prefill(prompts, model):
     model: all arguments of gpt2() but inputs and positions. Short prompts are padded on the right. A pad stands after
     all tokens of its prompt, so none of them sees it; new tokens overwrite the pads in the cache one by one.
 
-    To bound the memory, a call takes 256 tokens or a few less. It returns the logits of its last column only, where a
+    To bound the memory, a call takes about 256 tokens at most. It returns the logits of its last column only, where a
     short prompt has a pad. So for prompts of 3 and 600 tokens, four calls on [2, 128] ids and one on [2, 85] run all
     columns but the last 3 (n_last). Then one on [2, 3] runs each prompt's last 3, at positions 0-2 (again) and 597-599.
     """

@@ -396,8 +396,11 @@ def read_prompts(prompts, prompt, prompts_file):
     file = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n", closefd=path != 0)  # noqa: SIM115
     if re.match(rb"(?s)\xff\xfe|\xfe\xff|.\0.\0|\0.\0.", file.buffer.peek(4)):  # its byte order mark, or two letters
         raise ValueError(f"{path or 'standard input'} is UTF-16 text, not UTF-8")
-    lines = (line.removesuffix("\n").removesuffix("\r") for line in (file if prompts_file else [file.read()]))
-    return lines if prompts_file and not file.seekable() else list(lines)  # from a pipe they come one by one
+    lines = [file.read()] if prompts_file is None else file
+    lines = (line.removesuffix("\n").removesuffix("\r") for line in lines)
+    if prompts_file is None or file.seekable():
+        return list(lines)
+    return lines  # from a pipe they come one by one
 
 
 def plain(error):
@@ -455,8 +458,10 @@ def ask(texts):
             show([input("> " if sys.stdout.isatty() else "")], texts, row)  # only text goes to a file
         except EOFError:
             return print(file=sys.stderr)
-        except (KeyboardInterrupt, ValueError) as error:
-            print(f"error: {plain(error)}" if isinstance(error, ValueError) else "", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except ValueError as error:
+            print(f"error: {plain(error)}", file=sys.stderr)
 
 
 def parse(function):
