@@ -1,11 +1,7 @@
-"""GPT-2 in plain NumPy: the model, its cache, generation, the command line.
-
-After "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019) and https://github.com/openai/gpt-2.
-"""
+"""GPT-2 in plain NumPy, after "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019)."""
 
 import itertools
 import sys
-from functools import partial
 
 if __name__ == "__main__":
     from utils import run  # before NumPy: if that is missing, utils says so in one line
@@ -13,21 +9,16 @@ if __name__ == "__main__":
 import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
-# A token is a piece of text, about four letters; its id is its number in the vocabulary. From ids to what comes next:
-#   1. Each id becomes an embedding, n_embd numbers for what the token is. Another n_embd numbers, for where it stands,
-#      are added, because attention alone ignores order. The sums are the rows of x, one row a token.
-#   2. x passes through n_layer blocks, or layers. In each, attention brings a token what it needs from itself and the
-#      tokens before it, then a feed-forward network works on each token alone. Both add what they find to x.
-#   3. After a last layer_norm, each row is compared with all embeddings. That gives the logits: a score for each token
+# A token is a piece of text, about four letters; its id is its number in the vocabulary. From ids to the next token:
+#   1. Each id becomes its embedding, n_embd numbers for what the token is; n_embd numbers for its position are added.
+#   2. These sums are the rows of x, one a token. x passes through n_layer blocks. In each, attention lets a token fetch
+#      from those before it, then a feed-forward network works on each token alone. Both add what they find to x.
+#   3. After a last layer_norm each row is compared with all embeddings. This gives the logits: a score for each token
 #      of the vocabulary, higher if it is more likely to come next. softmax turns scores into probabilities.
-# The weights (w, b, g, wte, wpe) were learned by predicting the next token in 40 GB of text. No position may look
-# ahead, or it would copy the answer. To train, begin with random numbers around 0, of size 0.02 (but g = 1, b = 0), and
-# cut text into rows of n_ctx tokens. Of some rows (GPT-2 took 512) compute the loss, the mean of -log(probability given
-# to the token that did come next). Subtract from each weight a little of the loss's gradient; repeat while it falls.
-# jax.grad computes it, with jax.numpy for np and no cache: JAX arrays cannot be written into (+= makes new ones).
-#
-# Shapes stand at the end of a line; "..." is any leading axes, or none. OpenAI's 124M (million weights) has n_vocab =
-# 50257 tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 64.
+# The weights (w, b, g, wte, wpe) are numbers, learned by predicting the next token everywhere in 40 GB of text. That is
+# why no position may look ahead: it would copy the answer. At the end of a line stands a shape; "..." is any leading
+# axes, or none. For 124M (million weights): n_vocab = 50257 tokens, n_ctx = 1024 positions (the context length),
+# n_layer = 12, n_embd = 768, n_head = 12 and d_head = 64.
 
 
 def gelu(x):
@@ -50,16 +41,17 @@ def layer_norm(x, g, b, eps=1e-5):
 
 
 def linear(x, w, b):
-    """A linear map: x times the weights w, plus the bias b."""
-    return x @ w + b  # [n_tokens, n_in] @ [n_in, n_out] + [n_out] -> [n_tokens, n_out]
+    """A linear map: each row of x times the weights w, plus the bias b."""
+    rows = x.reshape(-1, x.shape[-1])  # one matrix, so that NumPy reads w once and not once for each sequence
+    return (rows @ w + b).reshape(*x.shape[:-1], w.shape[-1])  # [..., n_in] -> [..., n_out]
 
 
 def ffn(x, c_fc, c_proj):
     """The feed-forward network: a linear map c_fc (fully connected), a bend, and c_proj, a projection back to n_embd.
 
-    Without the bend the two could be multiplied out to one. The c_ is for convolution, OpenAI's name for such maps.
+    Without the bend the two maps could be multiplied out to one. The c_ stands for convolution, OpenAI's name for them.
     """
-    return linear(gelu(linear(x, **c_fc)), **c_proj)  # [n_tokens, n_embd] -> [n_tokens, 4 * n_embd] -> as before
+    return linear(gelu(linear(x, **c_fc)), **c_proj)  # [..., n_embd] -> [..., 4 * n_embd] -> [..., n_embd]
 
 
 def attention(q, k, v, mask):
@@ -68,43 +60,45 @@ def attention(q, k, v, mask):
     Each has a query q (what it looks for), a key k (what it can be found by) and a value v (what it tells). The better
     a query matches a key, the more of that key's value it takes. The mask is 0 where it may look, and -inf where not.
     """
-    # q and k have numbers of size about 1 and of either sign, so most of a dot product cancels: about sqrt(d_head) is
-    # left. Divide by that, or the softmax, which magnifies differences, gives nearly all the weight to one key.
-    scores = q / q.shape[-1] ** 0.5 @ k.swapaxes(-1, -2)  # [..., n_query, d_head] -> [..., n_query, n_key]
+    # Dot products grow with sqrt(d_head); divide by it, or the softmax gives nearly all the weight to one key.
+    scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2)  # [..., n_query, d_head] -> [..., n_query, n_key]
     scores += mask
     return softmax(scores) @ v  # [..., n_query, n_key] @ [..., n_key, d_head] -> [..., n_query, d_head]
 
 
-def mha(x, c_attn, c_proj, n_head, positions=None, remember=None):
+def mha(x, c_attn, c_proj, n_head, positions=None, cache=None):
     """Multi-head attention: n_head times attention, each head on its own slice of d_head numbers of every q, k and v.
 
     One head takes one blend of values; several let a token fetch different things from different places at once.
-    x has the tokens of all sequences, n_seq of each, one below the other. positions [..., n_seq] has each token's place
-    in its own sequence; its shape tells how to cut x into sequences.
     """
-    positions = np.arange(len(x)) if positions is None else positions  # None: x is one sequence
-    qkv = linear(x, **c_attn)  # c_attn (for attention) makes the q, k and v of all heads: [n_tokens, 3 * n_embd]
-    qkv = qkv.reshape(*positions.shape, 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
-    q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # 3 times [..., n_head, n_seq, d_head]
-    if remember:  # this is extend(), below: it keeps k and v, and returns those of all positions so far
-        k, v = remember(positions, k, v)  # 2 times [..., n_head, n_key, d_head]
+    if positions is None:
+        positions = np.arange(x.shape[-2])  # [n_seq]
+    # Make the queries, keys and values of all heads. The first n_embd columns of c_attn (for attention) make queries,
+    # the next keys, the last values; within each, head 0 has the first d_head columns, head 1 the next, and so on.
+    qkv = linear(x, **c_attn)  # [..., n_seq, n_embd] -> [..., n_seq, 3 * n_embd]
+    # Cut them apart.
+    qkv = qkv.reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
+    q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # each [..., n_head, n_seq, d_head]
+    if cache is not None:  # pass over these two lines until you come to the cache, below
+        k, v = extend(cache, positions, k, v)  # the keys and values of all positions so far
     # The one rule: a query at position p sees the keys at positions <= p.
     query_positions = np.expand_dims(positions, (-3, -1))  # [..., 1, n_seq, 1]; the first 1 is for all heads
     key_positions = np.arange(k.shape[-2])  # [n_key]
     mask = np.where(key_positions <= query_positions, np.float32(0), np.float32(-np.inf))  # [..., 1, n_seq, n_key]
+    # Let each head attend, put the heads side by side again, and let c_proj mix what they have found.
     heads = attention(q, k, v, mask).swapaxes(-2, -3)  # [..., n_seq, n_head, d_head]
-    return linear(heads.reshape(x.shape), **c_proj)  # mixes what the heads have found: [n_tokens, n_embd]
+    return linear(heads.reshape(x.shape), **c_proj)  # [..., n_seq, n_embd]
 
 
-def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, remember=None):
+def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, cache=None):
     """Attention moves information between tokens, then ffn (mlp: multilayer perceptron) works on it.
 
     Both add to x instead of replacing it: nothing found before is lost, and a block need only learn what to add. They
-    read a normalised copy, since x grows from block to block but weights fit numbers of one size. To normalise x
-    itself, after adding, would shrink what the blocks before have found.
+    read a normalised copy, since x grows from block to block but weights fit numbers of one size. Normalising x itself
+    would shrink what the blocks before have found.
     """
-    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, positions=positions, remember=remember)
-    return x + ffn(layer_norm(x, **ln_2), **mlp)  # [n_tokens, n_embd]
+    x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, positions=positions, cache=cache)
+    return x + ffn(layer_norm(x, **ln_2), **mlp)  # [..., n_seq, n_embd]
 
 
 def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
@@ -115,56 +109,38 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     """
     inputs = np.asarray(inputs)
     if positions is None:
-        positions = np.broadcast_to(np.arange(inputs.shape[-1]), inputs.shape)
-    x = wte[inputs] + wpe[positions]  # training makes them point in different directions, so blocks can tell them apart
-    x = x.reshape(-1, x.shape[-1])  # all sequences in one matrix, for which NumPy reads w only once: [n_tokens, n_embd]
-    for i, block in enumerate(blocks):
-        remember = None if cache is None else partial(extend, cache[i])
-        x = transformer_block(x, **block, n_head=n_head, positions=positions, remember=remember)
-    x = layer_norm(x, **ln_f).reshape(*inputs.shape, -1)  # [..., n_seq, n_embd]
+        positions = np.arange(inputs.shape[-1])  # [n_seq]
+    # The two may be added: training makes them point in different directions, so that blocks can tell them apart.
+    x = wte[inputs] + wpe[positions]  # [..., n_seq, n_embd]
+    layer_caches = [None] * len(blocks) if cache is None else cache
+    for block, layer_cache in zip(blocks, layer_caches):
+        x = transformer_block(x, **block, n_head=n_head, positions=positions, cache=layer_cache)
+    x = layer_norm(x, **ln_f)
     if cache is not None:
         x = x[:, -1]  # the other logits would be up to a third of the work
-    # The matrix that reads tokens in also scores them: a token is likely where x has come to resemble its embedding.
-    return x @ wte.T  # a second matrix would be 39 million weights more
+    # The same matrix reads tokens in and scores them on the way out; a second one would be 39 million weights more.
+    return x @ wte.T
 
 
 # ---- The cache ------------------------------------------------------------------------------------------------------
-# You have now read all of GPT-2. To generate, one could run gpt2() on the whole text again for each new token. But no
-# position sees those after it, so its keys and values stay the same as the text grows. The KV cache keeps them, and a
-# new token costs one query instead of one for each token of the text. Queries are not kept: only a token's own step
-# needs its query. cache: [n_layer, 2 (keys, values), n_batch, n_head, n_positions, d_head], where n_positions is the
-# longest prompt with its new tokens. For 124M each position of each prompt takes 12 * 2 * 768 numbers, 73,728 bytes.
+# You have now read all of GPT-2. To generate text, one can run it on the whole text again for each new token:
+#     for _ in range(n_tokens_to_generate):
+#         logits = gpt2(ids, **params, n_head=n_head)
+#         ids = [*ids, int(logits[-1].argmax())]
+# But no position sees those after it, so its keys and values stay the same as the text grows. The KV cache keeps them
+# (and no queries, since only a token's own step needs its query). After n tokens, the next one costs 124M
+#   without a cache: 124 million multiplications for each of the n tokens, and for attention more: this grows with n
+#   with a cache: each of the 124 million weights is read and used once, however long the text; and the cache is read:
+#     12 layers * 2 * 768 = 18,432 numbers (73,728 bytes) for each of the n tokens, which is all that grows with n
+# cache: [n_layer, 2 (keys, values), n_batch, n_head, n_positions, d_head]; a layer's part of it is cache[layer].
 
 
-def extend(layer_cache, positions, k, v):
-    """Write the k and v of new positions into the cache of one layer. Returns all keys and all values so far.
-
-    positions [n_batch, n_seq] may differ from sequence to sequence; k and v: [n_batch, n_head, n_seq, d_head].
-    """
-    for i, at in enumerate(positions):
-        layer_cache[:, i, :, at[0] : at[-1] + 1] = k[i], v[i]
-    return layer_cache[:, :, :, : positions.max() + 1]  # up to the longest: [2, n_batch, n_head, n_key, d_head]
-
-
-def prefill(prompts, model):
-    """Run the prompts through the model, which fills its cache. Returns the logits after each: [n_batch, n_vocab].
-
-    model: all arguments of gpt2() but inputs and positions. Short prompts are padded on the right. A pad stands after
-    all tokens of its prompt, so none of them sees it; new tokens overwrite the pads in the cache one by one.
-
-    To bound the memory, a call takes about 256 tokens at most. It returns the logits of its last column only, where a
-    short prompt has a pad. So for prompts of 3 and 600 tokens, four calls on [2, 128] ids and one on [2, 85] run all
-    columns but the last 3 (n_last). Then one on [2, 3] runs each prompt's last 3, at positions 0-2 (again) and 597-599.
-    """
-    n_batch, lengths = len(prompts), np.array([len(prompt) for prompt in prompts])
-    longest, at_once = lengths.max(), max(1, 256 // n_batch)
-    n_last = min(at_once, lengths.min())  # 1 would do; with this, short prompts of one length take a single call
-    padded = np.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts])  # [n_batch, longest]
-    for first in range(0, longest - n_last, at_once):
-        positions = np.tile(np.arange(first, min(first + at_once, longest - n_last)), (n_batch, 1))  # [n_batch, n_seq]
-        gpt2(padded[:, positions[0]], **model, positions=positions)
-    positions = lengths[:, None] - n_last + np.arange(n_last)  # [n_batch, n_last]
-    return gpt2(np.take_along_axis(padded, positions, axis=1), **model, positions=positions)
+def extend(cache, positions, k, v):
+    """Write the k and v of new tokens, at their positions, into a layer's cache. Returns all keys and values so far."""
+    rows = np.arange(len(positions))[:, None]  # [n_batch, 1], next to positions [n_batch, n_seq]
+    for kept, new in zip(cache, (k, v)):
+        kept.swapaxes(1, 2)[rows, positions] = new.swapaxes(1, 2)  # [n_batch, n_seq, n_head, d_head]
+    return cache[:, :, :, : positions.max() + 1]  # up to the longest text: [2, n_batch, n_head, n_key, d_head]
 
 
 # ---- Sampling and generation ----------------------------------------------------------------------------------------
@@ -173,12 +149,10 @@ def prefill(prompts, model):
 def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     """The probabilities to draw the next token from, in float64: [..., n_vocab] -> [..., n_vocab].
 
-    A temperature below 1 favours probable tokens more, above 1 less. Then top_k keeps the k most probable tokens, and
-    top_p the fewest that together reach probability p (Holtzman et al., 2020). Ties with the last one stay too.
+    A temperature T makes p ** (1 / T) of each probability p, and divides by the sum: below 1 it favours probable tokens
+    more, above 1 less. Then top_k keeps the k most probable tokens, and top_p the fewest that together reach
+    probability p (Holtzman et al., 2020). Tokens as probable as the last one that is kept stay, too.
     """
-    from utils import check_options
-
-    temperature, top_k, top_p = check_options(temperature=temperature, top_k=top_k, top_p=top_p).values()
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
     logits = np.asarray(logits, np.float64)
     logits = (logits - logits.max(-1, keepdims=True)) / temperature  # the highest is 0, so nothing overflows
@@ -189,62 +163,64 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     if top_p and top_p < 1:
         falling = np.sort(probs)[..., ::-1]  # [..., n_vocab]
         sum_before = falling.cumsum(-1) - falling  # of the more probable tokens
-        n_needed = (sum_before < top_p).sum(-1, keepdims=True)
-        least = np.take_along_axis(falling, n_needed - 1, -1)  # of the last token that is needed: [..., 1]
+        least = np.where(sum_before < top_p, falling, 1).min(-1, keepdims=True)  # of those needed to reach p: [..., 1]
         probs = np.where(probs < least, 0, probs)
         probs /= probs.sum(-1, keepdims=True)
     return probs
 
 
-def generate_steps(prompts, params, n_head, n_tokens_to_generate, first_row=0, stop_id=None, seed=None, **sampling):
+def generators(numbers, temperature=None, top_k=None, top_p=None, seed=None):
+    """A random generator for each prompt, from the seed and the prompt's number; [] if the options mean greedy."""
+    if temperature == 0 or {temperature, top_k, top_p, seed} == {None}:
+        return []
+    return [np.random.default_rng(None if seed is None else [number, seed]) for number in numbers]
+
+
+def generate_steps(prompts, params, n_head, n_tokens_to_generate, rngs=(), stop_id=None, **sampling):
     """Yield the next id of every prompt, [n_batch], step by step, and end early if all have had stop_id.
 
-    sampling: temperature, top_k, top_p. If neither these nor a seed are given, or temperature is 0, the highest logit
-    wins (greedy). Else each prompt draws by itself, with a generator made from seed and its place among all prompts
-    (first_row for the first). So its text does not depend on the batch size, but for one thing: larger matrix products
-    add in another order, so logits differ in their last digits, and that can tip a close choice. Raises ValueError.
+    Each prompt draws with its own generator of rngs; without rngs the most probable id is taken (greedy). So a text
+    does not depend on its batch, except by rounding: larger matrix products add in another order, and that can tip a
+    close choice. sampling: temperature, top_k, top_p. Raises ValueError if the logits are not numbers.
     """
-    from utils import check_options, check_prompts
-
-    if n_tokens_to_generate == 0:
-        return  # check_options refuses 0, because in a command it is a mistake
-    sampling = check_options(n_tokens_to_generate=n_tokens_to_generate, seed=seed, **sampling)
-    n_new, seed = sampling.pop("n_tokens_to_generate"), sampling.pop("seed")  # now None only if greedy
-    n_vocab, n_embd = params["wte"].shape
-    n_ctx, n_batch = len(params["wpe"]), len(prompts)
-    prompts = check_prompts(prompts, first_row + 1, n_new, n_vocab, n_ctx)  # lists of ids
-    cache_shape = len(params["blocks"]), 2, n_batch, n_head, max(map(len, prompts)) + n_new, n_embd // n_head
-    model = {**params, "n_head": n_head, "cache": np.zeros(cache_shape, np.float32)}
-    if seed is not None:
-        generators = [np.random.default_rng([first_row + i, seed]) for i in range(n_batch)]
-
-    logits = prefill(prompts, model)  # [n_batch, n_vocab]
-    positions = np.array([[len(prompt)] for prompt in prompts])  # of the next token of each: [n_batch, 1]
+    (n_vocab, n_embd), n_batch, longest = params["wte"].shape, len(prompts), max(map(len, prompts))
+    cache_shape = len(params["blocks"]), 2, n_batch, n_head, longest + n_tokens_to_generate, n_embd // n_head
+    cache = np.zeros(cache_shape, np.float32)
+    # A short prompt repeats its last token, at that token's own position. A copy computes what the original does and
+    # writes the same key and value to the same place. So the last column holds the last token of every prompt.
+    ids = np.array([prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts])  # [n_batch, longest]
+    positions = np.minimum(np.arange(longest), [[len(prompt) - 1] for prompt in prompts])  # [n_batch, longest]
+    at_once = max(1, 256 // n_batch)  # columns, to bound the memory
     ended = np.zeros(n_batch, bool)
-    for n_left in reversed(range(n_new)):
-        ids = logits.argmax(-1)  # of the highest, or of NaN if there is one: [n_batch]
-        if not np.isfinite(logits[range(n_batch), ids]).all():
+    for _ in range(n_tokens_to_generate):
+        # The first time all tokens of the prompts go in (prefill), from then on the newest of each (decode).
+        for first in range(0, ids.shape[1], at_once):
+            piece = np.s_[:, first : first + at_once]
+            logits = gpt2(ids[piece], **params, n_head=n_head, positions=positions[piece], cache=cache)
+        if not np.isfinite(logits.max(-1)).all():  # [n_batch]; max() takes NaN for the highest
             raise ValueError("the logits are not numbers: there must be NaN or infinity among the weights")
-        if seed is not None:
-            probs = sample_probs(logits, **sampling)  # [n_batch, n_vocab]
-            # noise / p are the waiting times of events with rates p, and event i is the first with probability p[i].
-            # So rounding matters only if the first two nearly tie. (choice() looks a random number up in n_vocab sums,
-            # and rounding shifts each of them.)
-            noise = np.array([generator.standard_exponential(n_vocab) for generator in generators])
-            ids = (probs / noise).argmax(-1)  # the first
-        yield ids
-        ended |= ids == stop_id
-        if n_left == 0 or ended.all():  # those that have ended run on until all have; ignore their ids
+        new = logits.argmax(-1)  # [n_batch]
+        if rngs:
+            probs = sample_probs(logits, **sampling)
+            noise = np.array([rng.standard_exponential(n_vocab) for rng in rngs])
+            new = (probs / noise).argmax(-1)  # id i is taken with probability probs[i] (the Gumbel-max trick)
+        yield new
+        ended |= new == stop_id
+        if ended.all():  # those that have ended run on until all have; ignore their ids
             return
-        logits = gpt2(ids[:, None], **model, positions=positions)  # decode: one query each
-        positions = positions + 1
+        ids, positions = new[:, None], positions[:, -1:] + 1  # both [n_batch, 1]
 
 
-def generate(inputs, params, n_head, n_tokens_to_generate, **options):
-    """The ids that follow a prompt's ids: a list; for a list of prompts a list of lists. See generate_steps()."""
+def generate(inputs, params, n_head, n_tokens_to_generate, temperature=None, top_k=None, top_p=None, seed=None):
+    """The ids that follow a prompt's ids: a list; for a list of prompts a list of lists. Raises ValueError."""
+    from utils import check_ids, check_options
+
+    [n_new] = check_options(n_tokens_to_generate=n_tokens_to_generate).values()
+    sampling = check_options(temperature=temperature, top_k=top_k, top_p=top_p)
     is_batch = any(np.ndim(prompt) for prompt in inputs)
-    prompts = inputs if is_batch else [inputs]
-    steps = list(generate_steps(prompts, params, n_head, n_tokens_to_generate, **options))
+    prompts = [check_ids(prompt, params, n_head, n_new) for prompt in (inputs if is_batch else [inputs])]
+    rngs = generators(range(len(prompts)), **sampling, **check_options(seed=seed))
+    steps = list(generate_steps(prompts, params, n_head, n_new, rngs, **sampling))
     rows = np.reshape(steps, (-1, len(prompts))).T.tolist()  # [n_batch, n_steps]
     return rows if is_batch else rows[0]
 
@@ -252,46 +228,71 @@ def generate(inputs, params, n_head, n_tokens_to_generate, **options):
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
-def complete(prompts, loaded, batch_size, first_row=0, **options):
-    """Yield each prompt's text as an iterator of pieces, batch by batch."""
-    encoder, hparams, params = loaded
-    end = encoder.encoder["<|endoftext|>"]  # stands between texts, so an empty prompt can begin with it
-    for first in range(0, len(prompts), batch_size):
-        batch = [encoder.encode(prompt) or [end] for prompt in prompts[first : first + batch_size]]
-        steps = generate_steps(batch, params, hparams["n_head"], first_row=first_row + first, stop_id=end, **options)
-        # A single prompt: each id as soon as it is there. Otherwise: [n_batch, n_steps].
-        rows = [(id for [id] in steps)] if len(batch) == 1 else np.transpose(list(steps)).tolist()
-        for row in rows:
-            yield encoder.decode_steps(itertools.takewhile(lambda id: id != end, row))
+def complete(prompts, loaded, n_tokens_to_generate, batch_size=1, seed=None, **sampling):
+    """Yield (prompt, its text as an iterator of pieces, or a ValueError) for each prompt, batch by batch."""
+    from utils import check_ids, plain
+
+    (encoder, hparams, params), numbered = loaded, enumerate(prompts)
+    n_head, end = hparams["n_head"], encoder.encoder["<|endoftext|>"]
+    while batch := list(itertools.islice(numbered, batch_size)):
+        ids, texts, rows = {}, {}, []  # ids and texts by the prompt's number
+        for number, prompt in batch:
+            try:  # an empty prompt begins with <|endoftext|>, which stands between texts
+                ids[number] = check_ids(encoder.encode(prompt) or [end], params, n_head, n_tokens_to_generate)
+            except (KeyError, TypeError, ValueError) as error:
+                texts[number] = ValueError(f"prompt {number + 1}: {plain(error)}")
+        rngs = generators(ids, **sampling, seed=seed)
+        steps = generate_steps([*ids.values()], params, n_head, n_tokens_to_generate, rngs, end, **sampling)
+        if len(ids) == 1:
+            rows = [(id for [id] in steps)]  # each id as soon as it is there
+        elif ids:
+            rows = np.reshape([*steps], (-1, len(ids))).T.tolist()  # [n_batch, n_steps]
+        for number, row in zip(ids, rows):
+            texts[number] = encoder.decode_steps(itertools.takewhile(lambda id: id != end, row))
+        for number, prompt in batch:
+            yield prompt, texts[number]
 
 
-def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None, batch_size=32, **sampling):
+def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None, batch_size=32,
+         temperature=None, top_k=None, top_p=None, seed=None):  # fmt: skip
     """For Python: returns the text after a prompt, or a list for a list of prompts. (cli prints instead.)"""
     from utils import check_options, load_encoder_hparams_and_params
 
-    options = check_options(model_size, n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size, **sampling)
-    loaded = load_encoder_hparams_and_params(model_size, models_dir)
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    texts = ["".join(pieces) for pieces in complete(prompts, loaded, **options)]
-    return texts[0] if isinstance(prompt, str) else texts
+    options = {"n_tokens_to_generate": n_tokens_to_generate, "batch_size": batch_size, "seed": seed}
+    options = check_options(**options, temperature=temperature, top_k=top_k, top_p=top_p)
+    is_batch = np.iterable(prompt) and not isinstance(prompt, (str, bytes))
+    loaded, texts = load_encoder_hparams_and_params(model_size, models_dir), []
+    for _, text in complete(prompt if is_batch else [prompt], loaded, **options):
+        if isinstance(text, ValueError):
+            raise text
+        texts.append("".join(text))
+    return texts if is_batch else texts[0]
 
 
-def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to_generate=40,  # noqa: RUF013
-        model_size="124M", models_dir: str = None, temperature: float = None, top_k: int = None,  # noqa: RUF013
-        top_p: float = None, seed: int = None, batch_size=32):  # fmt: skip # noqa: RUF013
-    """Continue a text with GPT-2.
+def cli(
+    *prompts: str,
+    prompt: str = None,
+    prompts_file: str = None,
+    n_tokens_to_generate=40,
+    model_size="124M",
+    models_dir: str = None,
+    temperature: float = None,
+    top_k: int = None,
+    top_p: float = None,
+    seed: int = None,
+    batch_size=32,
+):
+    """Continue a text with GPT-2: python gpt2.py "Once upon a time" --top_p 0.9
 
     One prompt: the text appears as it is generated. Several: "> prompt", and
     below it its text. None: asks for prompts until Ctrl-D, or takes what comes
     through a pipe as one prompt. Greedy (always the most probable token) unless
     temperature, top_k, top_p or seed is given: then tokens are drawn at random.
 
-        python gpt2.py "Alan Turing theorized that" -n 20
-        python gpt2.py "Once upon a time" --temperature 0.8 --top_p 0.9
-
     A model is fetched when it is first used (124M: 500 MB), from OpenAI or from
     the URL in the environment variable GPT2_MODELS_URL. A prompt and its text
-    have at most 1,024 tokens together, the context length (2M: 256).
+    have at most 1,024 tokens together, the context length (2M: 256). While
+    other programs keep the machine busy, set OPENBLAS_NUM_THREADS=1.
 
     Args:
         prompts: beginnings of texts; after -- they may begin with a dash
@@ -301,25 +302,23 @@ def cli(*prompts: str, prompt: str = None, prompts_file: str = None, n_tokens_to
         model_size: 124M, 355M, 774M or 1558M, 2M (included), or a folder's name
         models_dir: the folder of the models; by default the one beside gpt2.py
         temperature: below 1 favours probable tokens more, above 1 less; 0: greedy
-        top_k: draw from the k most probable tokens
+        top_k: draw from the k most probable tokens; 0: from all
         top_p: draw from the fewest tokens that together have this probability
         seed: a whole number; the same one gives the same text again
         batch_size: how many prompts to work on together
     """
-    from utils import ask, check_options, load_encoder_hparams_and_params, read_prompts, show, write_json_lines
+    from utils import ask, check_options, load_encoder_hparams_and_params, read_prompts, show, show_json
 
-    options = {"n_tokens_to_generate": n_tokens_to_generate, "batch_size": batch_size, "temperature": temperature}
-    options = check_options(model_size, **options, top_k=top_k, top_p=top_p, seed=seed)
+    options = {"n_tokens_to_generate": n_tokens_to_generate, "batch_size": batch_size, "seed": seed}
+    options = check_options(**options, temperature=temperature, top_k=top_k, top_p=top_p)
     prompts = read_prompts(prompts, prompt, prompts_file)
-    if seed is None and options["seed"] is not None and sys.stderr.isatty():
-        print(f"--seed {options['seed']}", file=sys.stderr)  # drawn by check_options; with it the text can be had again
-    texts = partial(complete, loaded=load_encoder_hparams_and_params(model_size, models_dir), **options)
-    if prompts_file is not None:
-        write_json_lines(prompts, options["batch_size"], texts)
-    elif prompts:
-        show(prompts, texts)
+    is_asked = prompts is None  # one by one, at the terminal
+    loaded = load_encoder_hparams_and_params(model_size, models_dir)
+    answers = complete(ask() if is_asked else prompts, loaded, **options)
+    if prompts_file is None:
+        show(answers, is_asked, with_prompts=not is_asked and len(prompts) > 1)
     else:
-        ask(texts)
+        show_json(answers)
 
 
 if __name__ == "__main__":
