@@ -16,9 +16,9 @@ import numpy as np
 #   3. After a last layer_norm each row is compared with all embeddings. This gives the logits: a score for each token
 #      of the vocabulary, higher if it is more likely to come next. softmax turns scores into probabilities.
 # The weights (w, b, g, wte, wpe) are numbers, learned by predicting the next token everywhere in 40 GB of text. That is
-# why no position may look ahead: it would copy the answer. At the end of a line stands a shape; "..." is any leading
-# axes, or none. For 124M (million weights): n_vocab = 50257 tokens, n_ctx = 1024 positions (the context length),
-# n_layer = 12, n_embd = 768, n_head = 12 and d_head = 64.
+# why no position may look ahead: it would copy the answer.
+# At the end of a line stands a shape; "..." is any leading axes, or none. For 124M (million weights): n_vocab = 50257
+# tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 64.
 
 
 def gelu(x):
@@ -47,10 +47,8 @@ def linear(x, w, b):
 
 
 def ffn(x, c_fc, c_proj):
-    """The feed-forward network: a linear map c_fc (fully connected), a bend, and c_proj, a projection back to n_embd.
-
-    Without the bend the two maps could be multiplied out to one. The c_ stands for convolution, OpenAI's name for them.
-    """
+    """The feed-forward network: a linear map c_fc (fully connected), a bend, and c_proj, a projection to n_embd."""
+    # Without the bend the two maps could be multiplied out to one. The c_ is for convolution, OpenAI's name for a map.
     return linear(gelu(linear(x, **c_fc)), **c_proj)  # [..., n_embd] -> [..., 4 * n_embd] -> [..., n_embd]
 
 
@@ -67,17 +65,14 @@ def attention(q, k, v, mask):
 
 
 def mha(x, c_attn, c_proj, n_head, positions=None, cache=None):
-    """Multi-head attention: n_head times attention, each head on its own slice of d_head numbers of every q, k and v.
-
-    One head takes one blend of values; several let a token fetch different things from different places at once.
-    """
+    """Multi-head attention: n_head times attention, each head on its own slice of d_head numbers of q, k and v."""
+    # One head takes one blend of values; several let a token fetch different things from different places at once.
     if positions is None:
         positions = np.arange(x.shape[-2])  # [n_seq]
     # Make the queries, keys and values of all heads. The first n_embd columns of c_attn (for attention) make queries,
     # the next keys, the last values; within each, head 0 has the first d_head columns, head 1 the next, and so on.
     qkv = linear(x, **c_attn)  # [..., n_seq, n_embd] -> [..., n_seq, 3 * n_embd]
-    # Cut them apart.
-    qkv = qkv.reshape(*x.shape[:-1], 3, n_head, -1)  # [..., n_seq, 3, n_head, d_head]
+    qkv = qkv.reshape(*x.shape[:-1], 3, n_head, -1)  # cut apart: [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # each [..., n_head, n_seq, d_head]
     if cache is not None:  # pass over these two lines until you come to the cache, below
         k, v = extend(cache, positions, k, v)  # the keys and values of all positions so far
@@ -91,12 +86,9 @@ def mha(x, c_attn, c_proj, n_head, positions=None, cache=None):
 
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, cache=None):
-    """Attention moves information between tokens, then ffn (mlp: multilayer perceptron) works on it.
-
-    Both add to x instead of replacing it: nothing found before is lost, and a block need only learn what to add. They
-    read a normalised copy, since x grows from block to block but weights fit numbers of one size. Normalising x itself
-    would shrink what the blocks before have found.
-    """
+    """Attention moves information between tokens, then ffn (mlp: multilayer perceptron) works on each of them."""
+    # Both add to x instead of replacing it: nothing found before is lost, and a block need only learn what to add. They
+    # read a normalised copy, since x grows from block to block. Normalising x itself would shrink what is in it.
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, positions=positions, cache=cache)
     return x + ffn(layer_norm(x, **ln_2), **mlp)  # [..., n_seq, n_embd]
 
@@ -132,7 +124,6 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
 #   without a cache: 124 million multiplications for each of the n tokens, and for attention more: this grows with n
 #   with a cache: each of the 124 million weights is read and used once, however long the text; and the cache is read:
 #     12 layers * 2 * 768 = 18,432 numbers (73,728 bytes) for each of the n tokens, which is all that grows with n
-# cache: [n_layer, 2 (keys, values), n_batch, n_head, n_positions, d_head]; a layer's part of it is cache[layer].
 
 
 def extend(cache, positions, k, v):
@@ -144,14 +135,12 @@ def extend(cache, positions, k, v):
 
 
 # ---- Sampling and generation ----------------------------------------------------------------------------------------
-
-
 def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     """The probabilities to draw the next token from, in float64: [..., n_vocab] -> [..., n_vocab].
 
-    A temperature T makes p ** (1 / T) of each probability p, and divides by the sum: below 1 it favours probable tokens
-    more, above 1 less. Then top_k keeps the k most probable tokens, and top_p the fewest that together reach
-    probability p (Holtzman et al., 2020). Tokens as probable as the last one that is kept stay, too.
+    A temperature T turns each probability p into p ** (1 / T) and divides by the sum: below 1 it favours probable
+    tokens more, above 1 less. Then top_k keeps the k most probable tokens, and top_p the fewest that together reach
+    probability p (Holtzman et al., 2020). Ties with the last one that is kept stay.
     """
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
     logits = np.asarray(logits, np.float64)
@@ -184,16 +173,15 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, rngs=(), stop_
     close choice. sampling: temperature, top_k, top_p. Raises ValueError if the logits are not numbers.
     """
     (n_vocab, n_embd), n_batch, longest = params["wte"].shape, len(prompts), max(map(len, prompts))
-    cache_shape = len(params["blocks"]), 2, n_batch, n_head, longest + n_tokens_to_generate, n_embd // n_head
-    cache = np.zeros(cache_shape, np.float32)
-    # A short prompt repeats its last token, at that token's own position. A copy computes what the original does and
-    # writes the same key and value to the same place. So the last column holds the last token of every prompt.
+    shape = len(params["blocks"]), 2, n_batch, n_head, longest + n_tokens_to_generate, n_embd // n_head
+    cache = np.zeros(shape, np.float32)  # [n_layer, 2 (keys, values), n_batch, n_head, n_positions, d_head]
+    # A short prompt repeats its last token, at that token's own position: a copy writes the same key and value to the
+    # same place, which changes nothing. So the last column holds the last token of every prompt.
     ids = np.array([prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts])  # [n_batch, longest]
     positions = np.minimum(np.arange(longest), [[len(prompt) - 1] for prompt in prompts])  # [n_batch, longest]
-    at_once = max(1, 256 // n_batch)  # columns, to bound the memory
-    ended = np.zeros(n_batch, bool)
+    at_once, ended = max(1, 256 // n_batch), np.zeros(n_batch, bool)
     for _ in range(n_tokens_to_generate):
-        # The first time all tokens of the prompts go in (prefill), from then on the newest of each (decode).
+        # First all tokens of the prompts go in (prefill), in pieces to bound the memory; then one new of each (decode).
         for first in range(0, ids.shape[1], at_once):
             piece = np.s_[:, first : first + at_once]
             logits = gpt2(ids[piece], **params, n_head=n_head, positions=positions[piece], cache=cache)
@@ -226,8 +214,6 @@ def generate(inputs, params, n_head, n_tokens_to_generate, temperature=None, top
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
-
-
 def complete(prompts, loaded, n_tokens_to_generate, batch_size=1, seed=None, **sampling):
     """Yield (prompt, its text as an iterator of pieces, or a ValueError) for each prompt, batch by batch."""
     from utils import check_ids, plain
@@ -289,10 +275,9 @@ def cli(
     through a pipe as one prompt. Greedy (always the most probable token) unless
     temperature, top_k, top_p or seed is given: then tokens are drawn at random.
 
-    A model is fetched when it is first used (124M: 500 MB), from OpenAI or from
-    the URL in the environment variable GPT2_MODELS_URL. A prompt and its text
-    have at most 1,024 tokens together, the context length (2M: 256). While
-    other programs keep the machine busy, set OPENBLAS_NUM_THREADS=1.
+    A model is fetched when it is first used (124M: 500 MB), from OpenAI or the
+    URL in GPT2_MODELS_URL. A prompt and its text have at most 1,024 tokens (2M:
+    256), the context length. On a busy machine set OPENBLAS_NUM_THREADS=1.
 
     Args:
         prompts: beginnings of texts; after -- they may begin with a dash
@@ -309,14 +294,18 @@ def cli(
     """
     from utils import ask, check_options, load_encoder_hparams_and_params, read_prompts, show, show_json
 
-    options = {"n_tokens_to_generate": n_tokens_to_generate, "batch_size": batch_size, "seed": seed}
-    options = check_options(**options, temperature=temperature, top_k=top_k, top_p=top_p)
+    options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size)
+    sampling = check_options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     prompts = read_prompts(prompts, prompt, prompts_file)
-    is_asked = prompts is None  # one by one, at the terminal
+    if prompts is None:  # they are asked for, and each is answered before the next
+        options["batch_size"] = 1
+    if seed is None and generators([0], **sampling) and sys.stderr.isatty():
+        sampling["seed"] = int(np.random.default_rng().integers(2**32))
+        print(f"--seed {sampling['seed']}", file=sys.stderr)  # with it the text can be had again
     loaded = load_encoder_hparams_and_params(model_size, models_dir)
-    answers = complete(ask() if is_asked else prompts, loaded, **options)
+    answers = complete(prompts or ask(), loaded, **options, **sampling)
     if prompts_file is None:
-        show(answers, is_asked, with_prompts=not is_asked and len(prompts) > 1)
+        show(answers, prompts)
     else:
         show_json(answers)
 

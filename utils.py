@@ -1,7 +1,4 @@
-"""Get a model: download it, map it into memory. Take a command line apart, print what comes out.
-
-What comes over the network is verified; after that the disk is trusted. Errors carry one line that says what is wrong.
-"""
+"""Get a model: download and verify it, map it into memory. Take a command line apart, print what comes out."""
 
 import contextlib
 import difflib
@@ -43,23 +40,22 @@ SHA256 = {  # a name alone holds for all four
     f"124M/{DATA}": "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
 }
 
+
 # ---- Download -------------------------------------------------------------------------------------------------------
-
-
 def download_gpt2_files(model_size, model_dir):
     """Fetch the files of a released model that model_dir lacks. Raises ValueError, or OSError if they cannot be had."""
     model_dir, n_bytes = Path(os.path.expanduser(model_dir)), data_size(RELEASED[model_size])
 
     def is_there(name):
-        size = size_of(model_dir / name)
-        return size == n_bytes if name == DATA else size > 0
+        path = model_dir / name
+        return path.exists() and path.stat().st_size == n_bytes if name == DATA else path.exists()
 
     if all(map(is_there, FILES)):
         return
     url = f"{(os.environ.get('GPT2_MODELS_URL') or URL).rstrip('/')}/{model_size}"
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"GPT2_MODELS_URL must begin with http:// or https://, unlike {url}")
-    print(f"fetching {model_size}, {n_bytes / 1e6:.0f} MB, from {url} to {model_dir}", file=sys.stderr, flush=True)
+    print(f"fetching {model_size}, {n_bytes / 1e6:.0f} MB, from {url} to {model_dir}", file=sys.stderr)
     model_dir.mkdir(parents=True, exist_ok=True)
     with open(model_dir / ".lock", "w") as lock:
         with contextlib.suppress(ImportError, OSError):  # Windows has no such lock, nor has every network disk
@@ -70,25 +66,20 @@ def download_gpt2_files(model_size, model_dir):
             download(f"{url}/{name}", model_dir / name, model_size, n_bytes if name == DATA else 0)
 
 
-def size_of(path):
-    """The size of a file in bytes; 0 if there is none."""
-    return path.stat().st_size if path.exists() else 0
-
-
 def download(url, path, model_size, n_bytes):
-    """Fetch url into path. Until it is whole and checked it is path.part; of the data file the next try goes on there.
-
-    n_bytes is the size of the data file, and 0 for the others, which are small. Raises OSError.
-    """
+    """Fetch url into path. n_bytes is the size of the data file, and 0 for the others, which are small."""
     import requests
 
     part, n_fruitless, handled = Path(f"{path}.part"), 0, sys.exc_info()[1]
+    part.touch()
     while True:
-        size = size_of(part) if n_bytes else 0
+        # Of the data file the next try or run goes on where this one stopped.
+        size = part.stat().st_size if part.stat().st_size <= n_bytes else 0
         try:
-            fetch(url, part, size, n_bytes)
+            if size < n_bytes or not n_bytes:
+                fetch(url, part, size, n_bytes)
             if not is_right(part, path.name, model_size):
-                part.unlink()
+                part.write_bytes(b"")
                 raise ValueError(f"it is not OpenAI's {path.name}")
             return part.replace(path)
         except (requests.RequestException, ValueError) as error:
@@ -97,39 +88,33 @@ def download(url, path, model_size, n_bytes):
                 cause = cause.__context__
             proxy = "the proxy: " if isinstance(error, requests.exceptions.ProxyError) else ""
             failure = f"cannot fetch {url}: {proxy}{getattr(cause, 'strerror', None) or plain(cause)}"
-            n_fruitless = 0 if n_bytes and size_of(part) > size else n_fruitless + 1
+            n_fruitless = 0 if n_bytes and part.stat().st_size > size else n_fruitless + 1
             if n_fruitless and isinstance(error, (ValueError, requests.exceptions.SSLError)):  # no use to try again
                 raise OSError(failure) from None
         if n_fruitless == 5:
             raise OSError(f"{failure}; run again to go on where it stopped (--model_size 2M works without a network)")
-        print(f"{failure}; trying again", file=sys.stderr, flush=True)
+        print(f"{failure}; trying again", file=sys.stderr)
         time.sleep(2**n_fruitless / 8)  # seconds
 
 
 def fetch(url, part, size, n_bytes):
-    """Append to the file part, which has size bytes, the rest of url; n_bytes: how many there are, 0 if not known.
-
-    Raises ValueError if trying again cannot help, else requests.RequestException.
-    """
+    """Append the rest of url to the file part, which has size bytes. ValueError: trying again cannot help."""
     import requests
     from tqdm import tqdm
 
-    if n_bytes and size >= n_bytes:
-        return
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={size}-"} if size else {})}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:  # seconds to connect, to read
-        status, headers = f"HTTP status {response.status_code}", response.headers
-        match = re.fullmatch(rf"bytes {size}-\d+/(\d+)", headers.get("Content-Range", ""))
-        if response.status_code == 206 and match:
-            skip, total = 0, int(match[1])
-        elif response.status_code == 200:  # this server begins at the start
+        status, headers = response.status_code, response.headers
+        total = re.fullmatch(rf"bytes {size}-\d+/(\d+)", headers.get("Content-Range", ""))
+        if status == 200:  # it begins at the start, and may not say how long it is
             skip, total = size, 0 if "Content-Encoding" in headers else int(headers.get("Content-Length", 0))
-        elif response.status_code in (408, 429) or not 400 <= response.status_code < 500:
-            raise requests.HTTPError(status)
+        elif status == 206 and total:
+            skip, total = 0, int(total[1])
         else:
-            raise ValueError(status)
-        if n_bytes and total not in (0, n_bytes):  # 0: it does not say
-            raise ValueError(f"{status} and a file of {total} bytes, not of {n_bytes}")
+            is_final = 400 <= status < 500 and status not in (408, 429)
+            raise (ValueError if is_final else requests.HTTPError)(f"HTTP status {status}")
+        if n_bytes and total not in (0, n_bytes):
+            raise ValueError(f"HTTP status {status} and a file of {total} bytes, not of {n_bytes}")
         bar = tqdm(desc=part.stem, total=n_bytes or total, initial=size, unit="B", unit_scale=True, disable=None)
         with bar, open(part, "ab" if size else "wb") as file:
             try:
@@ -138,11 +123,11 @@ def fetch(url, part, size, n_bytes):
                     skip -= len(chunk) - len(new)
                     bar.update(file.write(new))
                     if file.tell() > (n_bytes or 2**22):
-                        raise ValueError(f"{status} and more bytes than the file has")
-                if file.tell() != (n_bytes or total or file.tell()):
+                        raise ValueError(f"HTTP status {status} and more bytes than the file has")
+                if file.tell() < (n_bytes or total):
                     raise requests.HTTPError(f"{file.tell()} bytes came, of {n_bytes or total}")
             finally:
-                if file.tell() > n_bytes or (not total and file.tell() < n_bytes):  # they may be of another file
+                if file.tell() > n_bytes or (file.tell() < n_bytes and not total):  # they may be of another file
                     file.truncate(size)
 
 
@@ -151,21 +136,18 @@ def is_right(path, name, model_size):
     if name == "hparams.json":
         return json.loads(path.read_bytes()) == RELEASED[model_size]
     known = SHA256.get(name) or SHA256.get(f"{model_size}/{name}")
-    return size_of(path) and known in (None, hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest())
+    return known in (None, hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest())  # an empty file: ValueError
 
 
 # ---- Load -----------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def reading(path):
     """Turn whatever goes wrong while a file is read into one error that names it and says what to do."""
     try:
         yield
     except Exception as error:
-        name = Path(path).parent.name
-        mend = "delete it, and the next run fetches it" if name in RELEASED else "put a good copy in its place"
-        mend = "git checkout models brings it back" if name == "2M" else mend
+        mend = {"2M": "git checkout models", **dict.fromkeys(RELEASED, "delete it, and the next run fetches it")}
+        mend = mend.get(Path(path).parent.name, "put a good copy in its place")
         raise ValueError(f"cannot read {path} ({type(error).__name__}: {error}); {mend}") from None
 
 
@@ -186,23 +168,18 @@ def data_size(hparams):
     return 4 * sum(math.prod(shape) for shape in tensor_shapes(hparams).values())
 
 
-def field(tag, number):
-    """A number in a protobuf message: a byte that says which, then seven bits a byte, the lowest first (128: more)."""
-    if number < 128:
-        return bytes([tag, number])
-    return bytes([tag, number % 128 + 128]) + field(0, number // 128)[1:]
-
-
 def is_plain(index, shapes):
-    """Whether the tensors of a checkpoint lie in its data file as we expect: float32, back to back, sorted by name.
+    """Whether the tensors of a checkpoint lie in its data file as we expect: float32, back to back, sorted by name."""
 
-    The index has an entry for each tensor, sorted by name: its offset (field 0x20, left out if 0), its size (0x28).
-    """
+    def varint(number):  # as protobuf writes it: seven bits a byte, the lowest first; 128 is added if more bytes follow
+        return bytes([number]) if number < 128 else bytes([number % 128 + 128]) + varint(number // 128)
+
     found = offset = 0
     for shape in shapes.values():
         size = 4 * math.prod(shape)
-        entry = (field(0x20, offset) if offset else b"") + field(0x28, size)
-        found = index.find(entry, found) + 1  # 0 if it is not there
+        # The entry of a tensor in the index, which is sorted by name, too, has its offset, but for 0, and its size.
+        entry = (b"\x20" + varint(offset) if offset else b"") + b"\x28" + varint(size)
+        found = index.find(entry, found) + 1
         if not found:
             return False
         offset += size
@@ -210,15 +187,13 @@ def is_plain(index, shapes):
 
 
 def read_through_tensorflow(tf_ckpt_path, shapes):
-    """{name: tensor} of a checkpoint with more in it than the model, or in another form."""
-    print(f"{tf_ckpt_path} holds more than the model's float32 variables, so TensorFlow reads it, every time; "
-          "save these alone, and it is not needed", file=sys.stderr, flush=True)  # fmt: skip
+    """{name: tensor} of a checkpoint with more in it than the model, or in another form. Raises ImportError, too."""
+    print(f"{tf_ckpt_path} is more than float32 variables (save these alone): TensorFlow reads it", file=sys.stderr)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         from tensorflow import train
     except Exception as error:
-        reason = f"({type(error).__name__}: {error}); pip install -r requirements.txt"
-        raise ImportError(f"{tf_ckpt_path} needs tensorflow, which fails {reason}") from None
+        raise ImportError(f"no tensorflow ({type(error).__name__}: {error}); pip install -r requirements.txt") from None
     with reading(f"{tf_ckpt_path}.index or {SUFFIX}"):
         reader = train.load_checkpoint(tf_ckpt_path)
         found = reader.get_variable_to_shape_map()
@@ -229,21 +204,16 @@ def read_through_tensorflow(tf_ckpt_path, shapes):
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
-    """The weights, a nested dict of float32 arrays: params["blocks"][3]["attn"]["c_attn"]["w"].
-
-    If the data file is these weights and nothing else, as all released ones are, it is mapped into memory and not read:
-    that takes no time and no second copy. Else TensorFlow reads it. Raises ValueError or ImportError.
-    """
+    """The weights, a nested dict of float32 arrays: params["blocks"][3]["attn"]["c_attn"]["w"]. Raises ValueError."""
     shapes, tf_ckpt_path = tensor_shapes(hparams), os.path.expanduser(tf_ckpt_path)
     data, index = Path(tf_ckpt_path + SUFFIX), Path(tf_ckpt_path + ".index")
-    with reading(index):
-        is_mapped = is_plain(index.read_bytes(), shapes) and size_of(data) == data_size(hparams)
-    if is_mapped:
+    with reading(f"{index} or {SUFFIX}"):
+        is_mapped = is_plain(index.read_bytes(), shapes) and data.stat().st_size == data_size(hparams)
+    if is_mapped:  # and not read: that takes no time and no second copy in memory
         with reading(data):
             floats = np.memmap(data, "<f4", "r").view(np.ndarray)
         ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
-        parts = np.split(floats, ends[:-1])
-        tensors = {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts)}
+        tensors = {name: part.reshape(shapes[name]) for name, part in zip(shapes, np.split(floats, ends[:-1]))}
     else:
         tensors = read_through_tensorflow(tf_ckpt_path, shapes)
     params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
@@ -262,47 +232,39 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
     from encoder import get_encoder
 
     models_dir = Path(os.path.expanduser(models_dir or Path(__file__).resolve().parent / "models"))  # beside this file
-    model_dir, checkpoint = models_dir / model_size, models_dir / model_size / "checkpoint"
+    model_dir = models_dir / model_size
     for folder in models_dir.resolve(), Path(os.path.expanduser(model_size)).resolve():
         if (folder / "hparams.json").exists() and not model_dir.exists():
-            say = f"--models_dir {folder.parent} --model_size {folder.name}"
-            raise ValueError(f"no {model_dir}, but {folder} is a model's folder; for that: {say}")
+            raise ValueError(f"{folder} is a model: --models_dir {folder.parent} --model_size {folder.name}")
     if model_size in RELEASED:
         download_gpt2_files(model_size, model_dir)
-    prefixes = sorted(path.stem for path in model_dir.glob("*.index"))
+    prefixes, checkpoint = sorted(path.stem for path in model_dir.glob("*.index")), model_dir / "checkpoint"
     if not prefixes:
-        there = ", ".join(sorted({path.parent.name for path in models_dir.glob("*/*.index")})) or "none"
-        where = f"no model {model_size!r} with an *.index file in {models_dir}"
-        raise ValueError(f"{where}; there: {there}; to fetch: {', '.join(RELEASED)}")
+        there = sorted({path.parent.name for path in models_dir.glob("*/*.index")} | RELEASED.keys())
+        raise ValueError(f"no model {model_size!r} (no *.index file) in {models_dir}, but: {', '.join(there)}")
     if checkpoint.exists():
-        with reading(checkpoint):  # it may name a path on another machine
-            text = checkpoint.read_text("utf-8-sig")
-        found = re.findall(r"""(?<!\w)model_checkpoint_path\s*:\s*(["'])(.+?)\1""", text)
-        prefixes = [re.split(r"[/\\]", path)[-1] for _, path in found] or prefixes
+        with reading(checkpoint):
+            found = re.search(r"(?<!\w)model_checkpoint_path\s*:\s*(\"|')(.+?)\1", checkpoint.read_text("utf-8-sig"))
+            prefixes = [re.split(r"[/\\]", found[2])[-1]]  # it may be a path on another machine
     if len(prefixes) > 1:
         line = f'model_checkpoint_path: "{prefixes[-1]}"'
-        raise ValueError(f"{checkpoint} has to say which of {', '.join(prefixes)} is the model, in a line such as {line}")
+        raise ValueError(f"{checkpoint} must say which of {', '.join(prefixes)} it is, in a line such as {line}")
     with reading(model_dir / "hparams.json"):
         hparams = json.loads((model_dir / "hparams.json").read_bytes())
-        sizes = [hparams[key] for key in RELEASED["124M"]]
-        if not all(type(size) is int and 0 < size < 10**6 for size in sizes) or hparams["n_embd"] % hparams["n_head"]:
+        is_sound = all(type(hparams[key]) is int and hparams[key] > 0 for key in RELEASED["124M"])
+        if not is_sound or hparams["n_embd"] % hparams["n_head"] or hparams != RELEASED.get(model_size, hparams):
             raise ValueError(f"{hparams} makes no sense")
-        if not RELEASED.get(model_size, {}).items() <= hparams.items():
-            raise ValueError(f"{model_size} has other numbers")
     params = load_gpt2_params_from_tf_ckpt(str(model_dir / prefixes[0]), hparams)
     with reading(model_dir / "encoder.json or vocab.bpe"):
         encoder = get_encoder(model_size, models_dir)
         n_tokens, n_vocab = len(encoder.decoder), hparams["n_vocab"]
-        has_all = max(encoder.decoder) < n_tokens and "<|endoftext|>" in encoder.encoder
-        if not has_all or not 0 <= n_vocab - n_tokens < 128:
+        if not max(encoder.decoder) < n_tokens <= n_vocab < n_tokens + 128:
             raise ValueError(f"{n_tokens} tokens, but n_vocab is {n_vocab} in hparams.json")
     params["wte"] = params["wte"][:n_tokens]  # n_vocab may be padded, and what is no token must not be drawn
     return encoder, hparams, params
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
-
-LONGEST = 2**20  # characters of a prompt; no context holds as many
 RANGES = {  # name: (type, lowest, highest)
     "n_tokens_to_generate": (int, 0, 10**9), "batch_size": (int, 1, 10**9), "seed": (int, 0, 10**20),
     "temperature": (float, 0, 10**9), "top_k": (int, 0, 10**9), "top_p": (float, 1e-9, 1),
@@ -316,8 +278,7 @@ def check_options(**options):
         with contextlib.suppress(ValueError):
             number = kind(str(value))  # by way of text, since int(1.5) is 1 but int("1.5") is an error
         if value is not None and not low <= number <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{name} must be {what} from {low} to {high}, not {value!r}")
+            raise ValueError(f"{name} must be a number ({kind.__name__}) from {low} to {high}, not {value!r}")
         options[name] = None if value is None else number
     return options
 
@@ -336,19 +297,14 @@ def check_ids(prompt, params, n_head, n_tokens_to_generate):
     return ids.tolist()
 
 
-def is_terminal(stream):
-    return getattr(stream, "isatty", bool)()  # whatever has taken its place may have no isatty()
-
-
 def read_prompts(prompts, prompt, prompts_file):
     """The prompts of a command; None if they are to be asked for. Raises ValueError or OSError."""
     prompts = [*prompts] if prompt is None else [*prompts, prompt]
-    for i, text in enumerate(prompts):
-        with contextlib.suppress(UnicodeError):
-            prompts[i] = os.fsencode(text).decode("utf-8")  # in the C locale Python takes arguments for ASCII
+    with contextlib.suppress(UnicodeError):
+        prompts = [os.fsencode(text).decode("utf-8") for text in prompts]  # for the C locale arguments are ASCII
     if prompts and prompts_file is not None:
         raise ValueError("give prompts or --prompts_file, not both")
-    if prompts or (prompts_file is None and is_terminal(sys.stdin)):
+    if prompts or (prompts_file is None and sys.stdin.isatty()):
         return prompts or None
     lines = read_lines(prompts_file)
     first = next(lines, None)
@@ -358,20 +314,15 @@ def read_prompts(prompts, prompt, prompts_file):
 
 
 def read_lines(path):
-    """The lines of a file, one by one (-: standard input); without a path all of standard input as one.
-
-    Bytes that are not UTF-8 become lone surrogates, which the tokenizer refuses.
-    """
+    """The lines of a file, one by one (-: standard input); without a path all of standard input as one."""
     source = 0 if path in (None, "-") else os.path.expanduser(path)
+    # Bytes that are not UTF-8 become lone surrogates, which the tokenizer refuses.
     with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="\n", closefd=source != 0) as file:
         read = file.read if path is None else file.readline
-        while text := read(LONGEST):
+        while text := read(2**20):  # no context holds a megabyte
             yield text.removesuffix("\n").removesuffix("\r")
-            n_more = 0
             while text and not text.endswith("\n"):  # the rest of a line that is too long anyway
-                text, n_more = read(LONGEST), n_more + 1
-                if n_more > 1000:
-                    raise ValueError(f"{path} has a line without end")
+                text = read(2**20)
 
 
 def ask():
@@ -381,7 +332,7 @@ def ask():
     print("Type the beginning of a text. Ctrl-C stops what follows, Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            yield input("> " if is_terminal(sys.stdout) else "")  # only text goes to a file
+            yield input("> " if sys.stdout.isatty() else "")  # only text goes to a file
         except KeyboardInterrupt:
             print(file=sys.stderr)
         except EOFError:
@@ -392,18 +343,15 @@ def plain(error):
     """What an error says, in one line without control characters."""
     if isinstance(error, UnicodeError):
         return "this is not UTF-8"
-    if isinstance(error, TypeError):
-        return "this is no text"
     if isinstance(error, KeyError):
         return f"the vocabulary lacks {error}"
-    text = "".join(character if character.isprintable() else " " for character in str(error))
-    return " ".join(text.split()) or repr(error)
+    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or repr(error)
 
 
-def show(answers, is_asked, with_prompts):
-    """Print each text while it is generated. What goes wrong with one that was asked for is not the end."""
+def show(answers, prompts):
+    """Print each text while it is generated. If prompts are asked for (None), mistakes and Ctrl-C end one text only."""
     for prompt, text in answers:
-        if with_prompts:
+        if prompts and len(prompts) > 1:
             print(f"> {prompt}")
         try:
             if isinstance(text, ValueError):
@@ -412,7 +360,7 @@ def show(answers, is_asked, with_prompts):
                 print(piece, end="", flush=True)
             print(flush=True)
         except (KeyboardInterrupt, ValueError) as error:
-            if not is_asked:
+            if prompts:
                 raise
             print(f"error: {plain(error)}" if isinstance(error, ValueError) else "", file=sys.stderr)
 
@@ -421,8 +369,8 @@ def show_json(answers):
     """Print {"prompt": ..., "text": ...} for each, or "error" in place of "text"; then ValueError at the end."""
     from tqdm import tqdm
 
-    n_failed = 0
-    for prompt, text in tqdm(answers, unit=" prompts", disable=is_terminal(sys.stdout) or None):
+    n_failed, is_terminal = 0, getattr(sys.stdout, "isatty", bool)()  # whatever has taken its place may not know
+    for prompt, text in tqdm(answers, unit=" prompts", disable=is_terminal or None):
         failed = isinstance(text, ValueError)
         answer = {"error": plain(text)} if failed else {"text": "".join(text)}
         prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")
@@ -452,11 +400,10 @@ def parse(function):
         with contextlib.redirect_stderr(io.StringIO()):  # fire would not list the flags that there are
             Fire(stand_in, arguments)
     except core.FireExit as result:
-        fault = result.trace.elements[-1].ErrorAsStr().replace("\0", "")
-        usage = helptext.UsageText(function, at_start)
+        fault, usage = result.trace.elements[-1].ErrorAsStr().replace("\0", ""), helptext.UsageText(function, at_start)
         near = difflib.get_close_matches(fault.split()[-1].split("=")[0], re.findall(r"--\w+", usage), 1)
-        hint = f"; did you mean {near[0]}?" if near else "; after -- a prompt may begin with a dash"
-        print(f"error: {fault}{hint}\n{usage}", file=sys.stderr)
+        hint = f"did you mean {near[0]}?" if near else "after -- a prompt may begin with a dash"
+        print(f"error: {fault}; {hint}\n{usage}", file=sys.stderr)
         raise
     return calls[0]
 
