@@ -111,5 +111,5 @@ def get_encoder(model_name, models_dir):
     """The Encoder of models_dir/model_name. Raises OSError or ValueError if its two files cannot be read."""
     folder = Path(os.path.expanduser(models_dir)) / model_name
     encoder = json.loads((folder / "encoder.json").read_bytes())
-    merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # the first line is the file's version
+    merges = (folder / "vocab.bpe").read_text("utf-8").splitlines()[1:]  # the first line is the file's version
     return Encoder(encoder, merges)

@@ -328,7 +328,9 @@ def read_lines(path):
 def ask():
     """The lines that are typed, until Ctrl-D; Ctrl-C drops what is typed."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (gives input() line editing and a history)
+        import readline  # gives input() line editing and a history
+
+        readline.parse_and_bind(r'"\C-@": "\C-d"')  # NUL is what becomes of a Ctrl-D that is typed while a text runs
     print("Type the beginning of a text. Ctrl-C stops what follows, Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
