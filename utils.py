@@ -48,7 +48,7 @@ def download_gpt2_files(model_size, model_dir):
 
     def is_there(name):
         path = model_dir / name
-        return path.exists() and path.stat().st_size == n_bytes if name == DATA else path.exists()
+        return path.exists() and (name != DATA or path.stat().st_size == n_bytes)
 
     if all(map(is_there, FILES)):
         return
@@ -127,8 +127,8 @@ def fetch(url, part, size, n_bytes):
                 if file.tell() < (n_bytes or total):
                     raise requests.HTTPError(f"{file.tell()} bytes came, of {n_bytes or total}")
             finally:
-                if file.tell() > n_bytes or (file.tell() < n_bytes and not total):  # they may be of another file
-                    file.truncate(size)
+                if n_bytes and (file.tell() > n_bytes or (file.tell() < n_bytes and not total)):
+                    file.truncate(size)  # what came may be of another file
 
 
 def is_right(path, name, model_size):
@@ -187,14 +187,12 @@ def is_plain(index, shapes):
 
 
 def read_through_tensorflow(tf_ckpt_path, shapes):
-    """{name: tensor} of a checkpoint with more in it than the model, or in another form. Raises ImportError, too."""
-    print(f"{tf_ckpt_path} is more than float32 variables (save these alone): TensorFlow reads it", file=sys.stderr)
+    """{name: tensor} of a checkpoint with more in it than the model, or in another form."""
+    print(f"TensorFlow reads {tf_ckpt_path}: it is not float32 variables alone (save only these)", file=sys.stderr)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    try:
+    with reading(f"{tf_ckpt_path}.index or {SUFFIX} through TensorFlow (pip install -r requirements.txt)"):
         from tensorflow import train
-    except Exception as error:
-        raise ImportError(f"no tensorflow ({type(error).__name__}: {error}); pip install -r requirements.txt") from None
-    with reading(f"{tf_ckpt_path}.index or {SUFFIX}"):
+
         reader = train.load_checkpoint(tf_ckpt_path)
         found = reader.get_variable_to_shape_map()
         for name, shape in shapes.items():
@@ -245,6 +243,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
     if checkpoint.exists():
         with reading(checkpoint):
             found = re.search(r"(?<!\w)model_checkpoint_path\s*:\s*(\"|')(.+?)\1", checkpoint.read_text("utf-8-sig"))
+        if found:
             prefixes = [re.split(r"[/\\]", found[2])[-1]]  # it may be a path on another machine
     if len(prefixes) > 1:
         line = f'model_checkpoint_path: "{prefixes[-1]}"'
@@ -288,12 +287,10 @@ def check_ids(prompt, params, n_head, n_tokens_to_generate):
     (n_vocab, n_embd), n_ctx, ids = params["wte"].shape, len(params["wpe"]), np.asarray(prompt)
     if n_head not in range(1, n_embd + 1) or n_embd % n_head:
         raise ValueError(f"n_head is {n_head!r}, but it has to divide n_embd, {n_embd}")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"a prompt must be a list of ids (integers, at least one), not {prompt!r:.80}")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= n_vocab:
+        raise ValueError(f"a prompt must be a list of ids from 0 to {n_vocab - 1}, at least one, not {prompt!r:.80}")
     if len(ids) + n_tokens_to_generate > n_ctx:
         raise ValueError(f"{len(ids)} tokens and {n_tokens_to_generate} to be generated: at most {n_ctx} together")
-    if ids.min() < 0 or ids.max() >= n_vocab:
-        raise ValueError(f"ids go from 0 to {n_vocab - 1}, not from {ids.min()} to {ids.max()}")
     return ids.tolist()
 
 
