@@ -340,10 +340,10 @@ def ask():
 
 def plain(error):
     """What an error says, in one line without control characters."""
-    if isinstance(error, UnicodeError):
-        return "this is not UTF-8"
-    if isinstance(error, KeyError):
-        return f"the vocabulary lacks {error}"
+    says = {UnicodeError: "this is not UTF-8", TypeError: "this is not text", KeyError: f"the vocabulary lacks {error}"}
+    for kind in says:
+        if isinstance(error, kind):
+            return says[kind]
     return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or repr(error)
 
 
