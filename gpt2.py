@@ -10,15 +10,15 @@ import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
 # A token is a piece of text, about four letters; its id is its number in the vocabulary. From ids to the next token:
-#   1. Each id becomes its embedding, n_embd numbers for what the token is; n_embd numbers for its position are added.
-#   2. These sums are the rows of x, one a token. x passes through n_layer blocks. In each, attention lets a token fetch
-#      from those before it, then a feed-forward network works on each token alone. Both add what they find to x.
+#   1. Each id becomes its embedding, n_embd numbers for what the token is. n_embd numbers for its position are added;
+#      they alone tell the order of the tokens. The sums are the rows of x, one per token.
+#   2. x passes through n_layer blocks. In each, attention lets a token fetch from itself and those before it, then a
+#      feed-forward network works on each token alone. Both add what they find to x.
 #   3. After a last layer_norm each row is compared with all embeddings. This gives the logits: a score for each token
 #      of the vocabulary, higher if it is more likely to come next. softmax turns scores into probabilities.
-# The weights (w, b, g, wte, wpe) are numbers, learned by predicting the next token everywhere in 40 GB of text. That is
-# why no position may look ahead: it would copy the answer.
-# At the end of a line stands a shape; "..." is any leading axes, or none. For 124M (million weights): n_vocab = 50257
-# tokens, n_ctx = 1024 positions (the context length), n_layer = 12, n_embd = 768, n_head = 12, d_head = 64.
+# The weights (w, b, g, wte, wpe) were learned by predicting the next token all through 40 GB of text. That is why no
+# position may look ahead: it would copy the answer. Comments at line ends give shapes ("...": any leading axes).
+# OpenAI's 124M: n_vocab 50257, n_ctx 1024 (the context length), n_layer 12, n_embd 768, n_head 12, d_head 64.
 
 
 def gelu(x):
@@ -74,7 +74,7 @@ def mha(x, c_attn, c_proj, n_head, positions=None, cache=None):
     qkv = linear(x, **c_attn)  # [..., n_seq, n_embd] -> [..., n_seq, 3 * n_embd]
     qkv = qkv.reshape(*x.shape[:-1], 3, n_head, -1)  # cut apart: [..., n_seq, 3, n_head, d_head]
     q, k, v = (qkv[..., i, :, :].swapaxes(-2, -3) for i in range(3))  # each [..., n_head, n_seq, d_head]
-    if cache is not None:  # pass over these two lines until you come to the cache, below
+    if cache is not None:  # skip these two lines for now; the cache is explained below
         k, v = extend(cache, positions, k, v)  # the keys and values of all positions so far
     # The one rule: a query at position p sees the keys at positions <= p.
     query_positions = np.expand_dims(positions, (-3, -1))  # [..., 1, n_seq, 1]; the first 1 is for all heads
@@ -87,8 +87,8 @@ def mha(x, c_attn, c_proj, n_head, positions=None, cache=None):
 
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, cache=None):
     """Attention moves information between tokens, then ffn (mlp: multilayer perceptron) works on each of them."""
-    # Both add to x instead of replacing it: nothing found before is lost, and a block need only learn what to add. They
-    # read a normalised copy, since x grows from block to block. Normalising x itself would shrink what is in it.
+    # Both add to x, so nothing found before is lost, and a block need only learn what to add. They read a normalised
+    # copy, since x grows and weights fit numbers of one size; normalising x itself would shrink what was found before.
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, positions=positions, cache=cache)
     return x + ffn(layer_norm(x, **ln_2), **mlp)  # [..., n_seq, n_embd]
 
@@ -97,7 +97,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     """The logits of the next token at every position: ids [..., n_seq] -> [..., n_seq, n_vocab].
 
     wte, wpe: word token and word position embeddings. ln_f: final layer_norm. blocks[3]["mlp"]["c_fc"]: {"w", "b"}.
-    With a cache (below) positions may begin anywhere, and only the last column gets logits: [n_batch, n_vocab].
+    With a cache (below), positions may begin anywhere, and only the last token gets logits: [n_batch, n_vocab].
     """
     inputs = np.asarray(inputs)
     if positions is None:
@@ -110,7 +110,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     x = layer_norm(x, **ln_f)
     if cache is not None:
         x = x[:, -1]  # the other logits would be up to a third of the work
-    # The same matrix reads tokens in and scores them on the way out; a second one would be 39 million weights more.
+    # The matrix that reads tokens in also scores them: a token is likely where x has come to resemble its embedding.
     return x @ wte.T
 
 
@@ -120,7 +120,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
 #         logits = gpt2(ids, **params, n_head=n_head)
 #         ids = [*ids, int(logits[-1].argmax())]
 # But no position sees those after it, so its keys and values stay the same as the text grows. The KV cache keeps them
-# (and no queries, since only a token's own step needs its query). After n tokens, the next one costs 124M
+# (but no queries, because each is used once, in its own step). After n tokens, the next one costs 124M
 #   without a cache: 124 million multiplications for each of the n tokens, and for attention more: this grows with n
 #   with a cache: each of the 124 million weights is read and used once, however long the text; and the cache is read:
 #     12 layers * 2 * 768 = 18,432 numbers (73,728 bytes) for each of the n tokens, which is all that grows with n
@@ -128,8 +128,8 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
 
 def extend(cache, positions, k, v):
     """Write the k and v of new tokens, at their positions, into a layer's cache. Returns all keys and values so far."""
-    rows = np.arange(len(positions))[:, None]  # [n_batch, 1], next to positions [n_batch, n_seq]
-    for kept, new in zip(cache, (k, v)):
+    rows = np.arange(len(k))[:, None]  # [n_batch, 1], goes with positions [n_batch, n_seq]
+    for kept, new in zip(cache, (k, v)):  # swapaxes gives a view, so this writes into the cache
         kept.swapaxes(1, 2)[rows, positions] = new.swapaxes(1, 2)  # [n_batch, n_seq, n_head, d_head]
     return cache[:, :, :, : positions.max() + 1]  # up to the longest text: [2, n_batch, n_head, n_key, d_head]
 
@@ -140,7 +140,7 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
 
     A temperature T turns each probability p into p ** (1 / T) and divides by the sum: below 1 it favours probable
     tokens more, above 1 less. Then top_k keeps the k most probable tokens, and top_p the fewest that together reach
-    probability p (Holtzman et al., 2020). Ties with the last one that is kept stay.
+    probability p (nucleus sampling, Holtzman et al., 2020). Tokens as probable as the last one kept are kept, too.
     """
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
     logits = np.asarray(logits, np.float64)
@@ -152,7 +152,8 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     if top_p and top_p < 1:
         falling = np.sort(probs)[..., ::-1]  # [..., n_vocab]
         sum_before = falling.cumsum(-1) - falling  # of the more probable tokens
-        least = np.where(sum_before < top_p, falling, 1).min(-1, keepdims=True)  # of those needed to reach p: [..., 1]
+        n_kept = (sum_before < top_p).sum(-1, keepdims=True)
+        least = np.take_along_axis(falling, n_kept - 1, -1)  # the lowest probability that is kept: [..., 1]
         probs = np.where(probs < least, 0, probs)
         probs /= probs.sum(-1, keepdims=True)
     return probs
@@ -204,7 +205,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, temperature=None, top
     from utils import check_ids, check_options
 
     [n_new] = check_options(n_tokens_to_generate=n_tokens_to_generate).values()
-    sampling = check_options(temperature=temperature, top_k=top_k, top_p=top_p)
+    sampling, inputs = check_options(temperature=temperature, top_k=top_k, top_p=top_p), [*inputs]
     is_batch = any(np.ndim(prompt) for prompt in inputs)
     prompts = [check_ids(prompt, params, n_head, n_new) for prompt in (inputs if is_batch else [inputs])]
     rngs = generators(range(len(prompts)), **sampling, **check_options(seed=seed))
@@ -301,7 +302,7 @@ def cli(
         options["batch_size"] = 1
     if seed is None and generators([0], **sampling) and sys.stderr.isatty():
         sampling["seed"] = int(np.random.default_rng().integers(2**32))
-        print(f"--seed {sampling['seed']}", file=sys.stderr)  # with it the text can be had again
+        print(f"--seed {sampling['seed']}", file=sys.stderr)  # with it the same texts come again
     loaded = load_encoder_hparams_and_params(model_size, models_dir)
     answers = complete(prompts or ask(), loaded, **options, **sampling)
     if prompts_file is None:

@@ -2,7 +2,6 @@
 """gpt2.py without the words: greedy GPT-2 with a KV cache, for prompts of any lengths, in as few lines as we dared."""
 import utils
 import numpy as np
-from itertools import takewhile
 
 def gelu(x): return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * (x * x * x))))
 def softmax(x): return (exp_x := np.exp(x - x.max(-1, keepdims=True))) / exp_x.sum(-1, keepdims=True)
@@ -36,6 +35,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     return (layer_norm(x, **ln_f) if cache is None else layer_norm(x[:, -1], **ln_f)) @ wte.T
 
 def generate(inputs, params, n_head, n_tokens_to_generate):
+    inputs = [*inputs]
     is_batch = any(np.ndim(prompt) for prompt in inputs)
     prompts = [utils.check_ids(p, params, n_head, n_tokens_to_generate) for p in (inputs if is_batch else [inputs])]
     ends, longest = np.array([[len(prompt) - 1] for prompt in prompts]), max(map(len, prompts))
@@ -55,7 +55,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None):
     end, prompts = encoder.encoder["<|endoftext|>"], [prompt] if isinstance(prompt, str) else [*prompt]
     if not prompts: return []
     rows = generate([encoder.encode(text) or [end] for text in prompts], params, hparams["n_head"], n_new)
-    texts = [encoder.decode(takewhile(lambda id: id != end, row)) for row in rows]
+    texts = [encoder.decode(iter(iter(row).__next__, end)) for row in rows]
     return texts[0] if isinstance(prompt, str) else texts
 
 if __name__ == "__main__":

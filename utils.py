@@ -1,4 +1,7 @@
-"""Get a model: download and verify it, map it into memory. Take a command line apart, print what comes out."""
+"""Get a model: download it, map it into memory. Take a command line apart, print what comes out.
+
+What comes over the network is verified, by SHA-256 where we know it, else by size. After that the disk is trusted.
+"""
 
 import contextlib
 import difflib
@@ -32,7 +35,7 @@ RELEASED = {
     "774M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1280, "n_head": 20, "n_layer": 36},
     "1558M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 48},
 }
-SHA256 = {  # a name alone holds for all four
+SHA256 = {  # without a size: of all four models
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
@@ -67,13 +70,13 @@ def download_gpt2_files(model_size, model_dir):
 
 
 def download(url, path, model_size, n_bytes):
-    """Fetch url into path. n_bytes is the size of the data file, and 0 for the others, which are small."""
+    """Fetch url into path.part, rename that when it is verified. n_bytes: of the data file; 0 for the small others."""
     import requests
 
     part, n_fruitless, handled = Path(f"{path}.part"), 0, sys.exc_info()[1]
     part.touch()
     while True:
-        # Of the data file the next try or run goes on where this one stopped.
+        # Of the data file, the next try or run resumes what this one has left.
         size = part.stat().st_size if part.stat().st_size <= n_bytes else 0
         try:
             if size < n_bytes or not n_bytes:
@@ -84,12 +87,13 @@ def download(url, path, model_size, n_bytes):
             return part.replace(path)
         except (requests.RequestException, ValueError) as error:
             cause = error
-            while cause.__context__ not in (None, handled):  # the first cause says it plainly: "Connection refused"
+            while cause.__context__ not in (None, handled):  # the first cause of it says "Connection refused"
                 cause = cause.__context__
             proxy = "the proxy: " if isinstance(error, requests.exceptions.ProxyError) else ""
             failure = f"cannot fetch {url}: {proxy}{getattr(cause, 'strerror', None) or plain(cause)}"
-            n_fruitless = 0 if n_bytes and part.stat().st_size > size else n_fruitless + 1
-            if n_fruitless and isinstance(error, (ValueError, requests.exceptions.SSLError)):  # no use to try again
+            has_grown = n_bytes and part.stat().st_size > size
+            n_fruitless = 0 if has_grown else n_fruitless + 1
+            if isinstance(error, (ValueError, requests.exceptions.SSLError)) and not has_grown:  # no use to try again
                 raise OSError(failure) from None
         if n_fruitless == 5:
             raise OSError(f"{failure}; run again to go on where it stopped (--model_size 2M works without a network)")
@@ -105,14 +109,14 @@ def fetch(url, part, size, n_bytes):
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={size}-"} if size else {})}
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:  # seconds to connect, to read
         status, headers = response.status_code, response.headers
-        total = re.fullmatch(rf"bytes {size}-\d+/(\d+)", headers.get("Content-Range", ""))
-        if status == 200:  # it begins at the start, and may not say how long it is
+        match = re.fullmatch(rf"bytes {size}-\d+/(\d+)", headers.get("Content-Range", ""))
+        if status == 200:  # it begins at the start, and may not say how long it is (0)
             skip, total = size, 0 if "Content-Encoding" in headers else int(headers.get("Content-Length", 0))
-        elif status == 206 and total:
-            skip, total = 0, int(total[1])
+        elif status == 206 and match:
+            skip, total = 0, int(match[1])
         else:
-            is_final = 400 <= status < 500 and status not in (408, 429)
-            raise (ValueError if is_final else requests.HTTPError)(f"HTTP status {status}")
+            kind = ValueError if 400 <= status < 500 and status not in (408, 429) else requests.HTTPError
+            raise kind(f"HTTP status {status}")
         if n_bytes and total not in (0, n_bytes):
             raise ValueError(f"HTTP status {status} and a file of {total} bytes, not of {n_bytes}")
         bar = tqdm(desc=part.stem, total=n_bytes or total, initial=size, unit="B", unit_scale=True, disable=None)
@@ -124,19 +128,21 @@ def fetch(url, part, size, n_bytes):
                     bar.update(file.write(new))
                     if file.tell() > (n_bytes or 2**22):
                         raise ValueError(f"HTTP status {status} and more bytes than the file has")
-                if file.tell() < (n_bytes or total):
+                if file.tell() < (n_bytes or total or 1):
                     raise requests.HTTPError(f"{file.tell()} bytes came, of {n_bytes or total}")
             finally:
                 if n_bytes and (file.tell() > n_bytes or (file.tell() < n_bytes and not total)):
-                    file.truncate(size)  # what came may be of another file
+                    file.truncate(size)  # these bytes may belong to another file
 
 
 def is_right(path, name, model_size):
     """Whether a file is the one that OpenAI released, as far as we know its numbers or its SHA-256."""
     if name == "hparams.json":
-        return json.loads(path.read_bytes()) == RELEASED[model_size]
+        with contextlib.suppress(ValueError):
+            return json.loads(path.read_bytes()) == RELEASED[model_size]
+        return False
     known = SHA256.get(name) or SHA256.get(f"{model_size}/{name}")
-    return known in (None, hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest())  # an empty file: ValueError
+    return known is None or known == hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
 
 
 # ---- Load -----------------------------------------------------------------------------------------------------------
@@ -177,7 +183,7 @@ def is_plain(index, shapes):
     found = offset = 0
     for shape in shapes.values():
         size = 4 * math.prod(shape)
-        # The entry of a tensor in the index, which is sorted by name, too, has its offset, but for 0, and its size.
+        # Sorted by name, the index has for each tensor its offset (field 4, left out if 0) and its size (field 5).
         entry = (b"\x20" + varint(offset) if offset else b"") + b"\x28" + varint(size)
         found = index.find(entry, found) + 1
         if not found:
@@ -257,8 +263,8 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
     with reading(model_dir / "encoder.json or vocab.bpe"):
         encoder = get_encoder(model_size, models_dir)
         n_tokens, n_vocab = len(encoder.decoder), hparams["n_vocab"]
-        if not max(encoder.decoder) < n_tokens <= n_vocab < n_tokens + 128:
-            raise ValueError(f"{n_tokens} tokens, but n_vocab is {n_vocab} in hparams.json")
+        if not max(encoder.decoder) < n_tokens <= n_vocab < n_tokens + 128 or "<|endoftext|>" not in encoder.encoder:
+            raise ValueError(f"{n_tokens} tokens (with <|endoftext|>?), but n_vocab is {n_vocab} in hparams.json")
     params["wte"] = params["wte"][:n_tokens]  # n_vocab may be padded, and what is no token must not be drawn
     return encoder, hparams, params
 
@@ -273,12 +279,14 @@ RANGES = {  # name: (type, lowest, highest)
 def check_options(**options):
     """Convert options to numbers; None stays None. Raises ValueError if one is out of range."""
     for name, value in options.items():
+        if value is None:
+            continue
         (kind, low, high), number = RANGES[name], math.nan  # nan is in no range
         with contextlib.suppress(ValueError):
             number = kind(str(value))  # by way of text, since int(1.5) is 1 but int("1.5") is an error
-        if value is not None and not low <= number <= high:
+        if not low <= number <= high:
             raise ValueError(f"{name} must be a number ({kind.__name__}) from {low} to {high}, not {value!r}")
-        options[name] = None if value is None else number
+        options[name] = number
     return options
 
 
@@ -287,7 +295,7 @@ def check_ids(prompt, params, n_head, n_tokens_to_generate):
     (n_vocab, n_embd), n_ctx, ids = params["wte"].shape, len(params["wpe"]), np.asarray(prompt)
     if n_head not in range(1, n_embd + 1) or n_embd % n_head:
         raise ValueError(f"n_head is {n_head!r}, but it has to divide n_embd, {n_embd}")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= n_vocab:
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= n_vocab:
         raise ValueError(f"a prompt must be a list of ids from 0 to {n_vocab - 1}, at least one, not {prompt!r:.80}")
     if len(ids) + n_tokens_to_generate > n_ctx:
         raise ValueError(f"{len(ids)} tokens and {n_tokens_to_generate} to be generated: at most {n_ctx} together")
@@ -368,7 +376,7 @@ def show_json(answers):
     """Print {"prompt": ..., "text": ...} for each, or "error" in place of "text"; then ValueError at the end."""
     from tqdm import tqdm
 
-    n_failed, is_terminal = 0, getattr(sys.stdout, "isatty", bool)()  # whatever has taken its place may not know
+    n_failed, is_terminal = 0, getattr(sys.stdout, "isatty", bool)()  # what replaced it may have none
     for prompt, text in tqdm(answers, unit=" prompts", disable=is_terminal or None):
         failed = isinstance(text, ValueError)
         answer = {"error": plain(text)} if failed else {"text": "".join(text)}
