@@ -1,7 +1,4 @@
-"""Get a model: download it, map it into memory. Take a command line apart, print what comes out.
-
-What comes over the network is verified, by SHA-256 where we know it, else by size. After that the disk is trusted.
-"""
+"""Get a model (what is downloaded is verified; after that the disk is trusted), and turn a function into a command."""
 
 import contextlib
 import difflib
@@ -311,7 +308,7 @@ def read_prompts(prompts, prompt, prompts_file):
         prompts = [os.fsencode(text).decode("utf-8") for text in prompts]  # for the C locale arguments are ASCII
     if prompts and prompts_file is not None:
         raise ValueError("give prompts or --prompts_file, not both")
-    if prompts or (prompts_file is None and sys.stdin.isatty()):
+    if prompts or (prompts_file is None and is_terminal(sys.stdin)):
         return prompts or None
     lines = read_lines(prompts_file)
     first = next(lines, None)
@@ -328,8 +325,12 @@ def read_lines(path):
         read = file.read if path is None else file.readline
         while text := read(2**20):  # no context holds a megabyte
             yield text.removesuffix("\n").removesuffix("\r")
-            while text and not text.endswith("\n"):  # the rest of a line that is too long anyway
-                text = read(2**20)
+            if not text.endswith("\n") and len(read(2**26)) == 2**26:  # go to the end of a line that is too long anyway
+                raise ValueError(f"{path} has a line without end")
+
+
+def is_terminal(stream):
+    return getattr(stream, "isatty", bool)()  # what stands in for a stream may have no isatty()
 
 
 def ask():
@@ -341,7 +342,7 @@ def ask():
     print("Type the beginning of a text. Ctrl-C stops what follows, Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            yield input("> " if sys.stdout.isatty() else "")  # only text goes to a file
+            yield input("> " if is_terminal(sys.stdout) else "")  # only text goes to a file
         except KeyboardInterrupt:
             print(file=sys.stderr)
         except EOFError:
@@ -378,8 +379,8 @@ def show_json(answers):
     """Print {"prompt": ..., "text": ...} for each, or "error" in place of "text"; then ValueError at the end."""
     from tqdm import tqdm
 
-    n_failed, is_terminal = 0, getattr(sys.stdout, "isatty", bool)()  # what replaced it may have none
-    for prompt, text in tqdm(answers, unit=" prompts", disable=is_terminal or None):
+    n_failed = 0
+    for prompt, text in tqdm(answers, unit=" prompts", disable=is_terminal(sys.stdout) or None):
         failed = isinstance(text, ValueError)
         answer = {"error": plain(text)} if failed else {"text": "".join(text)}
         prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")
