@@ -1,67 +1,90 @@
-"""What the README shows is what comes out: its snippets and commands are run."""
+"""What the README shows is what comes out: its blocks and commands are run, in a copy, so that nothing stays behind."""
 
-import importlib.util
+import ast
+import json
 import re
 import shutil
 import socket
-import subprocess
 import sys
+from importlib.util import find_spec
+from subprocess import PIPE, Popen, run
 
 import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
-SNIPPET = re.compile(r"```python\n(.*?)```\n```text\n(.*?)```", re.DOTALL)
-SESSIONS = [found for section in README.split("\n## ") if (found := SNIPPET.findall(section))]
-COMMANDS = re.findall(r"```console\n\$ (.*?)\n(.*?)```", README, re.DOTALL)
-FIRST = re.findall(r"```\npip install [a-z ]*\n(python gpt2.py .*?)\n```\n```\n(.*?)```", README, re.DOTALL)
-HAS_JAX = importlib.util.find_spec("jax")
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n```text\n(.*?)```)?", re.DOTALL)
+SESSIONS = {part.split("\n")[0]: blocks for part in README.split("\n## ") if (blocks := BLOCK.findall(part))}
+[SAVE] = [code for blocks in SESSIONS.values() for code, text in blocks if not text]
+CONSOLE = "".join(re.findall(r"```console\n(.*?)```", README, re.DOTALL))
+COMMANDS = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", CONSOLE, re.MULTILINE)
+COMMANDS += re.findall(r"\npip install .* && (python gpt2.py .*)\n```\n\n((?:>.*\n)*)", README)
+LACKED = [name for name in ("jax", "tensorflow") if not find_spec(name)]
+RUN = r"""
+import contextlib, io, json, sys
+def slip(frame, event, argument):
+    if (frame.f_code.co_filename, frame.f_lineno) == ("<block>", line):
+        raise KeyboardInterrupt
+    return slip
+names = {}
+for code, lines in json.load(sys.stdin):
+    for line in [*lines, None]:
+        with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(io.StringIO()) as output:
+            sys.settrace(line and slip)
+            exec(compile(code, "<block>", "exec"), names)
+            assert line is None, f"not reached: line {line} of {code}"
+    print(json.dumps(output.getvalue()))
+"""
 
 
-def output_of(command):
-    options = {"capture_output": True, "encoding": "utf-8", "stdin": subprocess.DEVNULL}
-    return subprocess.run(command, cwd=ROOT, check=True, **options).stdout
+def statements(code):
+    """The lines on which statements begin, but the first; a fourth of them if the block takes seconds."""
+    lines = sorted({node.lineno for node in ast.walk(ast.parse(code)) if isinstance(node, ast.stmt)})
+    return lines[1 :: 4 if "jax" in code or "tensorflow" in code else 1]
 
 
 def test_every_block_is_run():
-    """No Python block without the output that is compared, no command without its own."""
-    assert len([*SNIPPET.finditer(README)]) == README.count("```python") == 10
-    assert len(COMMANDS) == README.count("```console") == 5
-    assert len(FIRST) == 1
+    """No Python block but save() without the output that is compared, no command without its own."""
+    assert README.count("```python") == sum(map(len, SESSIONS.values())) == 12
+    assert README.count("\n$ ") + 1 == len(COMMANDS) == 4 and "def save(" in SAVE
 
 
-@pytest.mark.parametrize("session", SESSIONS, ids=lambda session: f"{len(session)} snippets")
-def test_session(session):
-    """The snippets of a section, each of which goes on where the one before it stopped."""
-    codes, expected = zip(*[snippet for snippet in session if HAS_JAX or "import jax" not in snippet[0]])
-    assert output_of([sys.executable, "-c", "print(end='\\0')\n".join(codes)]).split("\0") == list(expected)
+@pytest.mark.parametrize("stopped", [False, True], ids=["as it stands", "after slips"])
+@pytest.mark.parametrize("title", SESSIONS)
+def test_session(title, stopped, tmp_path):
+    """Each block goes on where the one before ended; or is stopped at one line after the other, and pasted again."""
+    shutil.copytree(ROOT / "models/2M", tmp_path / "models/2M")
+    for path in [*ROOT.glob("*.py"), ROOT / "LICENSE"]:
+        shutil.copy(path, tmp_path)
+    blocks = [(SAVE * ("save(" in code) + code, text) for code, text in SESSIONS[title] if code != SAVE]
+    blocks = [(code, text) for code, text in blocks if not any(name in code for name in LACKED)]
+    given = json.dumps([(code, statements(code) if stopped else []) for code, _ in blocks])
+    done = run([sys.executable, "-c", RUN], cwd=tmp_path, input=given, stdout=PIPE, text=True, check=True, timeout=300)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [text for _, text in blocks]
 
 
-@pytest.mark.skipif(not HAS_JAX, reason="JAX is optional: pip install jax")
+@pytest.mark.skipif(not shutil.which("bash"), reason="they are for a shell")
+@pytest.mark.parametrize("command, text", COMMANDS, ids=[command for command, _ in COMMANDS])
+def test_command(command, text):
+    """The words are those that stand below it; how they are broken into lines does not matter."""
+    command = command.replace("python gpt2.py", f"'{sys.executable}' gpt2.py")
+    done = run(["bash", "-c", command], cwd=ROOT, stdout=PIPE, encoding="utf-8", check=True, timeout=300)
+    assert done.stdout.split() == re.sub("^> ", "", text, flags=re.MULTILINE).split()
+
+
+@pytest.mark.skipif("jax" in LACKED, reason="JAX is optional: pip install jax")
 def test_several_machines():
-    """The JAX snippet in two processes, as on two machines: each has half of the batch, and the loss is the same."""
-    first, (code, expected) = SESSIONS[-1][0][0], SESSIONS[-1][-1]
-    lines = expected.splitlines(keepends=True)  # after six steps, which take a while, two losses are to be seen
-    expected = "".join(lines[:2] + lines[6:7]).replace("on 8 devices, on each (2,", "on 2 devices, on each (8,")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    join = 'jax.config.update("jax_cpu_collectives_implementation", "gloo")\n'  # what connects processors
-    join += f'jax.distributed.initialize("{address}", 2, int(sys.argv[1]))\n'
-    for old, new in ("count=8", "count=1"), ("range(30)", "range(6)"), ("gpt2.np = jnp", f"{join}gpt2.np = jnp"):
-        code = code.replace(old, new)
-    command = [sys.executable, "-c", f"import sys\n{first}{code}"]
-    processes = [subprocess.Popen([*command, number], cwd=ROOT, stdout=subprocess.PIPE, text=True) for number in "01"]
+    """The last block in two processes, as on two machines, each with half of the rows."""
+    (first, _), *_, (training, _), _, (last, text) = SESSIONS["How text becomes text"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        join = f'jax.distributed.initialize("127.0.0.1:{free.getsockname()[1]}", 2, int(sys.argv[1]))'
+    code = f"import sys\n{first}{training}{last}".replace("count=8", "count=1").replace("range(30)", "range(1)")
+    code = code.replace("jnp\nfrom", f"jnp\n{join}\nfrom")
+    processes = [Popen([sys.executable, "-c", code, n], cwd=ROOT, stdout=PIPE, text=True) for n in "01"]
     try:
         for process in processes:
-            assert expected in process.communicate(timeout=120)[0]
+            expected = text.replace("8 devices", "2 devices").replace("(2, ", "(8, ")
+            assert process.communicate(timeout=120)[0].endswith(expected)
     finally:
         for process in processes:
             process.kill()
-
-
-@pytest.mark.parametrize("command, expected", COMMANDS + FIRST)
-def test_command(command, expected):
-    if "jq" in command and not shutil.which("jq"):
-        pytest.skip("jq is not installed")
-    assert output_of(["bash", "-c", command.replace("python gpt2.py", f"'{sys.executable}' gpt2.py")]) == expected
