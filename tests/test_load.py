@@ -1,195 +1,246 @@
-"""The loader: the weights are those that were written, mapped or read, and nothing damaged is believed."""
+"""The loader: what is plainly the model is mapped, TensorFlow reads the rest, and what is damaged or odd is named."""
 
+import json
+import mmap
 import os
 import re
-import subprocess
+import shutil
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT, error_of, nested, random_tensors, run, write_checkpoint
+from conftest import GOLDEN, ROOT, nested, random_tensors, run, write_checkpoint
+from server import index_of
 
+import encoder
+import gpt2
+import gpt2_pico
 import utils
 
 ODD = {"n_vocab": 2048, "n_ctx": 64, "n_embd": 36, "n_head": 3, "n_layer": 11}  # with the vocabulary of 2M
-OWN = "own [v2]"  # the folder of a model that nobody knows
-VOCABULARY, INDEX, DATA = ["encoder.json", "vocab.bpe"], "model.ckpt.index", "model.ckpt.data-00000-of-00001"
-FILES, NOTE = ["hparams.json", *VOCABULARY, INDEX, DATA], "model.ckpt.checked.json"  # of the first run for later ones
+INDEX, DATA = "model.ckpt.index", utils.DATA
+load = utils.load_encoder_hparams_and_params
 
 
-@pytest.fixture
-def models(models):
-    """Another model is there, too."""
-    write_checkpoint(models / OWN, ODD, random_tensors(ODD))
-    for name in VOCABULARY:
-        (models / OWN / name).write_bytes((models / "2M" / name).read_bytes())
-    return models
+def add_model(folder, hparams, vocabulary=ROOT / "models/2M"):
+    """A model as OpenAI laid it out, with random weights; those of a large one are 0 and take no room on the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(vocabulary / name, folder)
+    (folder / "hparams.json").write_text(json.dumps(hparams))
+    (folder / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\n')
+    (folder / INDEX).write_bytes(index_of(hparams))
+    tensors = random_tensors(hparams) if utils.data_size(hparams) < 10**7 else {}
+    (folder / DATA).write_bytes(b"".join(tensors[name].tobytes() for name in sorted(tensors)))
+    os.truncate(folder / DATA, utils.data_size(hparams))
 
 
-@pytest.fixture
-def load(models, monkeypatch, capfd):
-    """load(name): the weights, and what is said meanwhile. Afterwards no file is open, and the folder is the same."""
-
-    def load(name="2M"):
-        capfd.readouterr()
-        return utils.load_encoder_hparams_and_params(name, ".")[2], capfd.readouterr().err
-
-    monkeypatch.chdir(models)
-    n_open = len(os.listdir("/dev/fd"))
-    yield load
-    assert os.path.samefile(os.getcwd(), models) and len(os.listdir("/dev/fd")) == n_open
+def change(path, pattern, new):
+    """Put something in the place of what a pattern finds in a file, which must be there."""
+    content, n_found = re.subn(pattern, new, path.read_bytes(), flags=re.DOTALL)
+    assert n_found
+    path.write_bytes(content)
 
 
-# The order of the tensors, others between them, their type, bytes behind them.
-LAYOUTS = [(ODD, sorted, [], "f4", b""), (utils.HPARAMS["2M"], sorted, [], "f4", b"")]  # as released
-LAYOUTS += [(ODD, sorted, [], "f2", b""), (ODD, sorted, [], "f4", b"more"), (ODD, reversed, [], "f4", b"")]
-LAYOUTS += [(ODD, sorted, ["global_step", "model/wte/Adam", "zzz"], "f4", b"")]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(models, load, layout):
-    """As released: checked once and mapped. Others are checked and read every time."""
-    (hparams, order, extra, kind, tail), is_mapped = layout, layout in LAYOUTS[:2]
-    for seed in range(2):  # the second time over the first, in files of the same size
-        tensors = {name: tensor.astype(kind) for name, tensor in random_tensors(hparams, seed).items()}
-        others = {name: np.ones((3, 5), kind) for name in extra}
-        write_checkpoint(models / OWN, hparams, tensors | others, lambda names: list(order(sorted(names))))
-        (models / OWN / DATA).write_bytes((models / OWN / DATA).read_bytes() + tail)
-        for number in range(3):
-            params, said = load(OWN)
-            np.testing.assert_equal(params, nested(tensors))
-            assert params["wte"].dtype == params["blocks"][-1]["ln_2"]["b"].dtype == np.float32
-            assert said == ("" if number and is_mapped else f"checking {OWN} …\n")
-            assert params["wte"].flags.writeable != is_mapped
-
-
-CHECKPOINTS = [None, 'model_checkpoint_path: "step-10" all_model_checkpoint_paths: "step-9"']
-CHECKPOINTS += [f'model_checkpoint_path: "{path}step-10"' for path in ("/there/", r"C:\\models\\", r"/jos\303\251/")]
-
-
-@pytest.mark.parametrize("text", CHECKPOINTS)
-def test_a_known_model_under_other_names_without_tensorflow(models, model, load, monkeypatch, text):
+@pytest.mark.parametrize("writer", ["TensorFlow", "anybody"])
+def test_the_float32_weights_alone_are_mapped_and_need_no_tensorflow(tmp_path, monkeypatch, capfd, writer):
+    add_model(tmp_path / "own", ODD)
+    if writer == "TensorFlow":
+        write_checkpoint(tmp_path / "own", ODD, random_tensors(ODD))
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    os.rename(models / "2M", models / "[x]")
-    for suffix in ".index", DATA[10:]:
-        os.rename(models / f"[x]/model.ckpt{suffix}", models / f"[x]/step-10{suffix}")
-    os.remove(models / "[x]/checkpoint") if text is None else (models / "[x]/checkpoint").write_text(text)
-    params, said = load("[x]")
-    np.testing.assert_equal(params, model[2])
-    assert (said, load("[x]")[1]) == ("checking [x] …\n", "")
-
-
-@pytest.mark.parametrize("code", ["", "None.why", "raise TypeError('why')", "import why", "raise OSError('why')"])
-def test_a_broken_tensorflow_is_named(models, load, monkeypatch, tmp_path, code):
-    (tmp_path / "tensorflow.py").write_text(code)
-    monkeypatch.delitem(sys.modules, "tensorflow")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match="^(?!.*ckpt).*tensorflow.*(train|why)"):
-        load(OWN)
-
-
-def test_the_command_imports_tensorflow_once_and_for_unknown_models_only(models):
-    code = "import gpt2, sys, utils; utils.run(gpt2.cli); "
-    code += "print(sorted({'requests', 'tensorflow', 'numpy.random'}.intersection(sys.modules)))"
-    (models / "prompts").write_text("Once\n")
-    for name, prompt in ("2M", "Once"), (OWN, "--prompts_file=~/prompts"):
-        args = [sys.executable, "-c", code, prompt, f"--model_size={name}", "--models_dir=~"]
-        options = {"cwd": ROOT, "env": {**os.environ, "HOME": str(models)}, "capture_output": True}
-        first, second = (subprocess.run(args, check=True, encoding="utf-8", **options) for _ in range(2))
-        assert (first.stderr, second.stderr) == (f"checking {name} …\n", "")
-        text, modules = first.stdout.splitlines()
-        assert second.stdout == f"{text}\n[]\n" and ("tensorflow" in modules if name == OWN else modules == "[]")
-        assert text == GOLDEN[1]["text"] or text.startswith('{"prompt": "Once", "text": ')
-
-
-CHANGES = {"copied": lambda note: os.system(f"cd {note.parent} && mkdir x && cp -p m* x && mv x/* . && rmdir x")}
-CHANGES["of others"] = lambda note: note.write_bytes(note.read_bytes().replace(b"7345152", b"7345153"))
-CHANGES |= {"half": lambda note: os.truncate(note, 99), "no text": lambda note: note.write_bytes(b"\xff\xfe")}
-
-
-@pytest.mark.parametrize("change", [*FILES, *CHANGES])
-def test_what_has_changed_is_checked_again_once(models, model, load, change):
-    load()
-    CHANGES[change](models / "2M" / NOTE) if change in CHANGES else os.utime(models / "2M" / change)
-    params, said = load()
-    assert (said, load()[1]) == ("checking 2M …\n", "")
-    np.testing.assert_equal(params, model[2])
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_what_changes_while_it_is_checked_is_checked_again(models, load, monkeypatch, name):
-    write = sys.stderr.write
-    monkeypatch.setattr(sys.stderr, "write", lambda text: [write(text), os.utime(models / "2M" / name)])
-    assert load()[1] == load()[1] == "checking 2M …\n"
-
-
-@pytest.mark.parametrize("place", [lambda note: note.symlink_to("/none/note"), lambda note: note.mkdir()])
-def test_a_note_that_cannot_be_read_or_written_is_no_error(models, model, load, place):
-    place(models / "2M" / NOTE)
+    capfd.readouterr()
     for _ in range(2):
-        params, said = load()
-        np.testing.assert_equal(params, model[2])
-        assert said.startswith("checking 2M …\n") and NOTE in said
+        params = load("own", tmp_path)[2]
+        np.testing.assert_equal(params, nested(random_tensors(ODD)))
+        assert not params["wte"].flags.writeable and capfd.readouterr().err == ""
 
 
-FLIP = lambda match: bytes([match[0][0] ^ 16])
-DAMAGE = [(name, rb"\A.*", new) for name in (*FILES, "checkpoint") for new in (b"", b"<p>", None)]  # None: missing
-DAMAGE += [(DATA, rb".\Z", b""), (DATA, rb"\A.", FLIP), (DATA, rb".\Z", FLIP), (INDEX, rb"ln_f", b"ln_g")]
-DAMAGE += [("hparams.json", rb'"n_ctx": \d+, ', b""), ("hparams.json", rb'"n_head": \d', b'"n_head": 7')]
-DAMAGE += [("hparams.json", rb": \d+}", new) for new in (b": 0}", b": -1}", b": 5}", b": 12}", b": 6.0}")]
-A_LAYER_LESS = (b"1997", b"5"), (b"509", b"10")  # and as many positions more, so that the size is the same
-DAMAGE += [("hparams.json", rb'("n_ctx": )\d+(.*: )\d+}', rb"\g<1>%b\g<2>%b}" % numbers) for numbers in A_LAYER_LESS]
-DAMAGE += [("vocab.bpe", rb"W h\n\Z", b"W j\n"), ("vocab.bpe", rb"[^\n]+\n\Z", b""), ("encoder.json", b'"!"', b'"!!"')]
-DAMAGE += [("encoder.json", b"endoftext", b"end"), ("encoder.json", rb', "[^"]+": 2046', b"")]
-DAMAGE += [("encoder.json", b"2046", new) for new in (b"2045", b"2048", b'"2046"')]
+SIZES = {"124M": 497_759_232, "355M": 1_419_292_672, "774M": 3_096_120_320, "1558M": 6_230_444_800}
 
 
-@pytest.mark.parametrize("model_size", ["2M", OWN])
-@pytest.mark.parametrize(("name", "pattern", "new"), DAMAGE)
-def test_a_damaged_file_is_named(models, load, monkeypatch, model_size, name, pattern, new):
-    """That it was whole when it was checked is no help, even if the time of change is set back."""
-    monkeypatch.setitem(sys.modules, "tensorflow", None if model_size == "2M" else sys.modules["tensorflow"])
-    load(model_size)
-    (models / model_size / "step-9.index").touch()  # so that it takes the file named checkpoint to tell which
-    path, times = models / model_size / name, (models / model_size / name).stat()
-    damaged, n_found = re.subn(pattern, new or b"", path.read_bytes(), count=1, flags=re.DOTALL)
-    assert n_found == 1
-    path.write_bytes(damaged)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns)) if new is not None else path.unlink()
-    with pytest.raises((ValueError, OSError), match=name.replace("model.ckpt.data", r"\.data")):
-        load(model_size)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_released_model_is_mapped_if_it_has_the_numbers_of_its_name(tmp_path, monkeypatch, vocabulary, size):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    add_model(tmp_path / size, utils.RELEASED[size], vocabulary)
+    assert (tmp_path / size / DATA).stat().st_size == SIZES[size]
+    assert len(load(size, tmp_path)[2]["blocks"]) == utils.RELEASED[size]["n_layer"]
+    change(tmp_path / size / "hparams.json", rb'"n_head": \d+', b'"n_head": 4')
+    with pytest.raises(ValueError, match=r"hparams\.json"):
+        load(size, tmp_path)
 
 
-def test_the_weights_alone(models, monkeypatch):
-    """No other file is needed, and the hparams must be the right ones, even if others give the same size."""
-    monkeypatch.setenv("HOME", str(models))
-    for name in FILES[:3]:
-        os.remove(models / OWN / name)
-    params = utils.load_gpt2_params_from_tf_ckpt(f"~/{OWN}/model.ckpt", ODD)
-    np.testing.assert_equal(params, nested(random_tensors(ODD)))
-    utils.load_gpt2_params_from_tf_ckpt("~/2M/model.ckpt", utils.HPARAMS["2M"])
-    with pytest.raises(ValueError):
-        utils.load_gpt2_params_from_tf_ckpt("~/2M/model.ckpt", utils.HPARAMS["2M"] | {"n_ctx": 1997, "n_layer": 5})
+OTHERS = {  # what else a checkpoint may hold: (the order of the tensors, others among them, their type)
+    "another order": (reversed, {}, "f4"),
+    "float16": (sorted, {}, "f2"),
+    "optimizer state": (sorted, {"global_step": np.ones(1), "model/wte/Adam": np.ones((3, 5))}, "f4"),
+}
 
 
-@pytest.mark.parametrize("other", [{}, {"model/h10/mlp/c_fc/w": np.zeros((144, 36), np.float32)}])
-def test_a_tensor_that_does_not_fit_is_named(models, load, other):
-    """It is missing, or it has another shape of the same size."""
-    tensors = random_tensors(ODD) | {"zzz": np.zeros(36 * 144, np.float32)}
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_is_not_plainly_the_model_is_read_through_tensorflow_each_time(tmp_path, capsys, case):
+    order, others, kind = OTHERS[case]
+    tensors = {name: tensor.astype(kind) for name, tensor in random_tensors(ODD).items()}
+    add_model(tmp_path / "own", ODD)
+    write_checkpoint(tmp_path / "own", ODD, {**tensors, **others}, lambda names: [*order(sorted(names))])
+    for _ in range(2):
+        params = load("own", tmp_path)[2]
+        np.testing.assert_equal(params, nested(tensors))
+        assert params["wte"].dtype == params["blocks"][10]["ln_2"]["b"].dtype == np.float32
+        assert re.fullmatch("[^\n]*tensorflow[^\n]*\n", capsys.readouterr().err, re.IGNORECASE)  # why, and what to do
+
+
+@pytest.mark.parametrize(
+    "code", ["import tensorflow_", "", "raise TypeError('why')"], ids="missing empty broken".split()
+)
+def test_a_tensorflow_that_is_needed_and_does_not_work_is_named(models, tmp_path, code):
+    os.truncate(models / "2M" / DATA, 999)
+    (tmp_path / "tensorflow.py").write_text(code)
+    result = run("Once", "--model_size=2M", f"--models_dir={models}", env={"PYTHONPATH": str(tmp_path)})
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and re.search("^error: .*tensorflow.*pip install", last) and "Trace" not in last
+
+
+@pytest.mark.parametrize("other", [{}, {"model/h10/mlp/c_fc/w": np.zeros((144, 36))}], ids=["missing", "144, 36"])
+def test_a_tensor_that_does_not_fit_is_named(tmp_path, request, other):
+    tensors = {**random_tensors(ODD), "other": np.zeros((36, 144), np.float32)}
     tensors.pop("model/h10/mlp/c_fc/w")
-    write_checkpoint(models / OWN, ODD, tensors | other)
-    with pytest.raises(ValueError, match="model/h10/mlp/c_fc/w.*144"):
-        load(OWN)
+    add_model(tmp_path / "own", ODD)
+    write_checkpoint(tmp_path / "own", ODD, {**tensors, **other})
+    with pytest.raises(ValueError, match=f"model/h10/mlp/c_fc/w(?!.*None).*{request.node.callspec.id}"):
+        load("own", tmp_path)
 
 
-def test_the_folder_is_the_one_beside_the_code_and_a_mistake_is_one_line(models, tmp_path):
-    result = run("Once", "--model_size=2M", cwd=tmp_path)
-    assert (result.stdout, result.stderr) == (GOLDEN[1]["text"] + "\n", "")
-    (models / "a folder").mkdir()
-    line = error_of(run("Once", "--model_size=3M", f"--models_dir={models}"))
-    assert re.findall(r"own|\d+M\b|a f\w+", line) == ["3M", "2M", "own", "124M", "355M", "774M", "1558M"]
-    with pytest.raises(ValueError, match="124M, 355M, 774M, 1558M"):
-        utils.download_gpt2_files("3M", models)
-    (tmp_path / "tensorflow.py").touch()
-    line = error_of(run("Once", f"--model_size={OWN}", f"--models_dir={models}", env={"PYTHONPATH": str(tmp_path)}))
-    assert re.search("tensorflow.*pip install.*(tensorflow|requirements)", line)
+DAMAGE = {  # (file of 2M, what is in it, what is put in its place)
+    **{f"{name} is empty": (name, rb"\A.*", b"") for name in ("encoder.json", "hparams.json", INDEX, DATA)},
+    **{f"{name} is a page": (name, rb"\A.*", b"<html>") for name in ("encoder.json", "hparams.json", INDEX, DATA)},
+    "half an index": (INDEX, rb"\A(.{1300}).*", rb"\1"),
+    "an index without its last place": (INDEX, rb"\x28\x80\x80\x48", b""),
+    "an index in another order": (INDEX, rb"\A(.{1300})(.*)", rb"\2\1"),
+    "a data file that goes on": (DATA, rb"\Z", b"more"),
+    "fewer layers, more positions, the same size": ("hparams.json", rb'(x": )\d+(.*r": )\d+', rb"\g<1>1997\g<2>5"),
+    "no n_ctx": ("hparams.json", rb'"n_ctx": \d+, ', b""),
+    "heads that do not divide": ("hparams.json", rb'"n_head": \d+', b'"n_head": 7'),
+    "no layers": ("hparams.json", rb'"n_layer": \d+', b'"n_layer": 0'),
+    "half a layer": ("hparams.json", rb'"n_layer": \d+', b'"n_layer": 6.5'),
+    "no end of text": ("encoder.json", b"endoftext", b"end"),
+    "an id that is missing": ("encoder.json", rb', "[^"]+": 2046', b""),
+    "an id twice": ("encoder.json", b"2046", b"2045"),
+    "an id that is text": ("encoder.json", b"2046", b'"2046"'),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_or_missing_file_is_named(models, monkeypatch, case):
+    name, pattern, new = DAMAGE[case]
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    change(models / "2M" / name, pattern, new)
+    for _ in range(2):
+        with pytest.raises((ValueError, OSError), match=rf"{name}|model\.ckpt|\.index"):
+            load("2M", models)
+        (models / "2M" / name).unlink(missing_ok=True)
+
+
+def test_a_data_file_that_cannot_be_mapped_is_named(monkeypatch):
+    monkeypatch.setattr(mmap, "mmap", Mock(side_effect=OSError(19, "No such device")))
+    with pytest.raises((ValueError, OSError), match=f"{DATA}.*No such device"):
+        load("2M")
+
+
+VOCABULARIES = {  # (rows of wte, tokens beside the 2,048, how many ids may be drawn, or what is said)
+    "tokens added in both places": (2050, b', "<|user|>": 2048, "<|model|>": 2049}', 2050),
+    "rows up to a round number": (2100, b"}", 2048),
+    "more tokens than rows": (2040, b"}", "(?=.*2,?048)(?=.*2,?040)"),
+}
+
+
+@pytest.mark.parametrize("case", VOCABULARIES)
+def test_every_token_may_be_drawn_and_nothing_else(models, case):
+    n_vocab, tokens, then = VOCABULARIES[case]
+    add_model(models / "own", {**ODD, "n_vocab": n_vocab})
+    change(models / "own/encoder.json", rb"}\s*\Z", tokens)
+    if isinstance(then, str):
+        with pytest.raises(ValueError, match=then):
+            load("own", models)
+    else:  # each token is as likely as any other
+        ids = gpt2.generate([[5]] * 500, load("own", models)[2], ODD["n_head"], 60, temperature=10**6, seed=1)
+        assert {*np.ravel(ids)} == {*range(then)}
+
+
+CHECKPOINTS = {  # what is in the file, by hand or from other machines
+    "all_ first": 'all_model_checkpoint_paths: "step-9"\nmodel_checkpoint_path: "model.ckpt"',
+    "single quotes and blanks": "  model_checkpoint_path :  'model.ckpt'  ",
+    "Windows": '\ufeffall_model_checkpoint_paths: "step-9"\r\nmodel_checkpoint_path: "model.ckpt"\r\n',
+    "a path": 'model_checkpoint_path: "/there/model.ckpt"',
+    "a path on Windows": r'model_checkpoint_path: "C:\\models\\model.ckpt"',
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_the_checkpoint_says_which_files(models, case):
+    (models / "2M/step-9.index").touch()
+    (models / "2M/checkpoint").unlink()
+    with pytest.raises(ValueError, match=r'(?=.*model\.ckpt)(?=.*step-9).*model_checkpoint_path: "'):
+        load("2M", models)
+    (models / "2M/checkpoint").write_bytes(CHECKPOINTS[case].encode())
+    assert gpt2.main(GOLDEN[1]["prompt"], 40, "2M", models) == GOLDEN[1]["text"]
+
+
+CHANGES = {  # what may be done to a model's folder
+    "renamed": lambda folder: folder.rename(folder.with_name("own [v2] é")),
+    "read-only": lambda folder: [path.chmod(0o444) for path in folder.iterdir()],
+    "with line ends of Windows": lambda folder: [
+        change(folder / n, b"\n", b"\r\n") for n in ("vocab.bpe", "checkpoint")
+    ],
+    "without the last line end": lambda folder: change(folder / "vocab.bpe", rb"\n\Z", b""),
+    "without checkpoint": lambda folder: (folder / "checkpoint").unlink(),
+    "with a note of an older version": lambda folder: (folder / "model.ckpt.checked.json").write_text('{"sha256": 1}'),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_model_runs_though_its_folder_is(models, model, monkeypatch, case):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    CHANGES[case](models / "2M")
+    [folder] = models.iterdir()
+    assert gpt2.main(GOLDEN[1]["prompt"], 40, folder.name, models) == GOLDEN[1]["text"]
+    assert encoder.get_encoder(folder.name, models).bpe_ranks == model[0].bpe_ranks
+
+
+def test_home_is_where_it_always_is(models, model, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):  # the second one is for Windows
+        monkeypatch.setenv(name, str(models))
+    assert encoder.get_encoder("2M", "~").encoder == model[0].encoder and load("2M", "~")[1] == model[1]
+    for name in utils.FILES[:4]:
+        (models / "2M" / name).unlink()  # the weights alone need no other file
+    np.testing.assert_equal(utils.load_gpt2_params_from_tf_ckpt("~/2M/model.ckpt", model[1]), model[2])
+
+
+MISTAKES = {  # (model_size, models_dir, what is said)
+    "a model's own folder": ("2M", "models/2M", "--models_dir .*models --model_size 2M"),
+    "a model's own folder, and the default": ("124M", "models/2M", "--models_dir .*models --model_size 2M"),
+    "a path for a name": ("models/2M", "models", "--models_dir .*models --model_size 2M"),
+    "a name that is nowhere": ("3M", "models", "3M(?=.* 2M)(?=.* 124M)(?=.* 1558M)"),
+    "no folder": ("2M", "nowhere", "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_wrong_place_gets_a_hint_and_no_download(models, monkeypatch, case):
+    monkeypatch.setattr(utils, "download_gpt2_files", Mock(side_effect=KeyError("it is fetched")))
+    monkeypatch.chdir(models.parent)
+    size, models_dir, said = MISTAKES[case]
+    with pytest.raises(ValueError, match=said):
+        load(size, models_dir)
+
+
+@pytest.mark.parametrize(
+    "start", [gpt2.main, gpt2.cli, gpt2_pico.main, lambda _: load()], ids="main cli pico load".split()
+)
+def test_the_default_is_124m_beside_the_code(monkeypatch, tmp_path, start):
+    monkeypatch.setattr(utils, "download_gpt2_files", Mock(side_effect=OSError("no network")))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match="no network"):
+        start("Once")
+    [(size, folder)] = [call.args for call in utils.download_gpt2_files.call_args_list]
+    assert (size, os.path.abspath(folder)) == ("124M", str(ROOT / "models/124M"))

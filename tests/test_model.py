@@ -1,7 +1,7 @@
-"""Both forms of the model: held to what HF transformers computed, and each function to its formula, written out."""
+"""Both forms of the model: held to what HF transformers computed, and each function to its formula."""
 
-import math
-import operator
+import copy
+import inspect
 import subprocess
 import sys
 
@@ -11,8 +11,12 @@ from conftest import GOLDEN, ROOT, nested, random_tensors
 
 import gpt2
 import gpt2_pico
+import utils
 
-HPARAMS = {"n_vocab": 31, "n_ctx": 600, "n_embd": 12, "n_head": 3, "n_layer": 2}
+HPARAMS = {"n_vocab": 31, "n_ctx": 640, "n_embd": 12, "n_head": 3, "n_layer": 2}
+PARAMS = nested({name: 7 * tensor for name, tensor in random_tensors(HPARAMS).items()})  # large, to bend every curve
+AT_END = "and they lived happily ever after."  # the next token is <|endoftext|>
+N_HEAD, BLOCK = HPARAMS["n_head"], PARAMS["blocks"][0]
 
 
 @pytest.fixture(params=[gpt2, gpt2_pico], ids=lambda module: module.__name__)
@@ -20,173 +24,75 @@ def module(request):
     return request.param
 
 
-def random_params():
-    """The weights of a small model, large enough to bend every curve."""
-    return nested({name: 7 * tensor for name, tensor in random_tensors(HPARAMS).items()})
+def random_ids(*shape, seed=0):
+    return np.random.default_rng(seed).integers(HPARAMS["n_vocab"], size=shape).tolist()
 
 
-def random_ids(*shape, n_vocab=HPARAMS["n_vocab"], seed=0):
-    return np.random.default_rng(seed).integers(n_vocab, size=shape).tolist()
+# fmt: off
+class Formula:
+    """Each function as a textbook has it, in float64."""
+    def gelu(x): return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    def softmax(x): return (exp_x := np.exp(x - x.max(-1, keepdims=True))) / exp_x.sum(-1, keepdims=True)
+    def linear(x, w, b): return x @ w + b
+    def ffn(x, c_fc, c_proj): return Formula.linear(Formula.gelu(Formula.linear(x, **c_fc)), **c_proj)
+    def attention(q, k, v, mask): return Formula.softmax(q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1]) + mask) @ v
+
+    def layer_norm(x, g, b, eps=1e-5):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * g + b
+
+    def mha(x, c_attn, c_proj, n_head):
+        mask = np.where(np.tri(x.shape[-2]), 0, -np.inf)
+        qkv = np.split(Formula.linear(x, **c_attn), 3 * n_head, axis=-1)  # the queries of all heads, then the keys, ...
+        heads = [Formula.attention(*qkv[i::n_head], mask) for i in range(n_head)]
+        return Formula.linear(np.concatenate(heads, axis=-1), **c_proj)
+
+    def transformer_block(x, mlp, attn, ln_1, ln_2, n_head):
+        x = x + Formula.mha(Formula.layer_norm(x, **ln_1), **attn, n_head=n_head)
+        return x + Formula.ffn(Formula.layer_norm(x, **ln_2), **mlp)
+
+    def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
+        x = np.float64(wte)[np.int64(inputs)] + wpe[: inputs.shape[-1]]
+        for block in blocks:
+            x = Formula.transformer_block(x, **block, n_head=n_head)
+        return Formula.layer_norm(x, **ln_f) @ wte.T
 
 
-# ---- Each function, from its formula, number by number in float64 ----------------------------------------------------
-# Vectors are lists of floats, matrices lists of rows.
-
-
-def plain_gelu(x):
-    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def plain_softmax(xs):
-    return [1 / math.fsum(math.exp(other - x) for other in xs) for x in xs]
-
-
-def plain_layer_norm(xs, g, b, eps=1e-5):
-    mean = math.fsum(xs) / len(xs)
-    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in xs) / len(xs) + eps)
-    return [(x - mean) / deviation * g[i] + b[i] for i, x in enumerate(xs)]
-
-
-def plain_linear(xs, w, b):
-    return [math.fsum(x * row[j] for x, row in zip(xs, w)) + b[j] for j in range(len(w[0]))]
-
-
-def plain_ffn(xs, c_fc, c_proj):
-    return plain_linear([plain_gelu(x) for x in plain_linear(xs, **c_fc)], **c_proj)
-
-
-def plain_attention(queries, keys, values):
-    """Causal: query number i sees the first i + 1 keys."""
-    result = []
-    for i, query in enumerate(queries):
-        scores = [math.fsum(map(operator.mul, query, key)) / math.sqrt(len(query)) for key in keys[: i + 1]]
-        weights = plain_softmax(scores)
-        result.append([math.fsum(w * value[d] for w, value in zip(weights, values)) for d in range(len(values[0]))])
-    return result
-
-
-def plain_mha(rows, c_attn, c_proj, n_head):
-    n_embd, qkv = len(rows[0]), [plain_linear(row, **c_attn) for row in rows]
-    joined = [[] for _ in rows]
-    for start in range(0, n_embd, n_embd // n_head):
-        q, k, v = ([row[i + start : i + start + n_embd // n_head] for row in qkv] for i in (0, n_embd, 2 * n_embd))
-        for row, part in zip(joined, plain_attention(q, k, v)):
-            row.extend(part)
-    return [plain_linear(row, **c_proj) for row in joined]
-
-
-def plain_transformer_block(rows, mlp, attn, ln_1, ln_2, n_head):
-    moved = plain_mha([plain_layer_norm(row, **ln_1) for row in rows], **attn, n_head=n_head)
-    rows = [[x + y for x, y in zip(*pair)] for pair in zip(rows, moved)]
-    return [[x + y for x, y in zip(row, plain_ffn(plain_layer_norm(row, **ln_2), **mlp))] for row in rows]
-
-
-def plain_gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
-    rows = [[x + y for x, y in zip(wte[id], wpe[place])] for place, id in enumerate(inputs)]
-    for block in blocks:
-        rows = plain_transformer_block(rows, **block, n_head=n_head)
-    rows = [plain_layer_norm(row, **ln_f) for row in rows]
-    return [[math.fsum(x * y for x, y in zip(row, embedding)) for embedding in wte] for row in rows]
-
-
-def plain(tree):
-    """Arrays, also inside dicts and lists, as lists of floats."""
-    if isinstance(tree, dict):
-        return {key: plain(value) for key, value in tree.items()}
-    return [plain(value) for value in tree] if isinstance(tree, list) else tree.tolist()
-
-
-BLOCK, N_HEAD = random_params()["blocks"][0], HPARAMS["n_head"]
 X = np.random.default_rng(1).normal(0, 2, (2, 3, HPARAMS["n_embd"])).astype(np.float32)  # [n_batch, n_seq, n_embd]
-CASES = {  # name of the function: (the formula, how many axes of x it takes, other arguments)
-    "gelu": (plain_gelu, 0, {}),
-    "softmax": (plain_softmax, 1, {}),
-    "layer_norm": (plain_layer_norm, 1, BLOCK["ln_1"]),
-    "linear": (plain_linear, 1, BLOCK["attn"]["c_attn"]),
-    "ffn": (plain_ffn, 1, BLOCK["mlp"]),
-    "mha": (plain_mha, 2, {**BLOCK["attn"], "n_head": N_HEAD}),
-    "transformer_block": (plain_transformer_block, 2, {**BLOCK, "n_head": N_HEAD}),
+INPUTS = {"batch": X, "sequence": X[0], "token": X[0, :1], "two axes": X[:, None], "small": X / 999, "large": X * 999}
+ARGUMENTS = {  # name of the function: what it gets after x
+    "gelu": {}, "softmax": {}, "linear": BLOCK["attn"]["c_attn"], "ffn": BLOCK["mlp"],
+    "layer_norm": BLOCK["ln_1"], "layer_norm with another eps": {**BLOCK["ln_1"], "eps": 0.1},
+    "attention": {"k": X[0], "v": X[1], "mask": np.float32([0, -np.inf, 0])},
+    "mha": {**BLOCK["attn"], "n_head": N_HEAD}, "transformer_block": {**BLOCK, "n_head": N_HEAD},
+    "gpt2": {**PARAMS, "n_head": N_HEAD},
 }
+# fmt: on
 
 
-def on_rows(formula, n_axes, x):
-    """A formula for n_axes axes, on each such part of x."""
-    return formula(x.tolist()) if x.ndim == n_axes else [on_rows(formula, n_axes, part) for part in x]
-
-
-@pytest.mark.parametrize("x", [X, X[0], X[:1, :1]], ids=["batch", "sequence", "token"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("x", INPUTS)
+@pytest.mark.parametrize("name", ARGUMENTS)
 def test_function_is_its_formula(module, name, x):
-    """With and without a batch axis (for mha a matrix and positions); float32 in, float32 out."""
-    formula, n_axes, kwargs = CASES[name]
-    others = {key: value if key == "n_head" else plain(value) for key, value in kwargs.items()}
-    rows, positions = x.copy(), {}
-    if n_axes == 2 and x.ndim == 3:
-        rows, positions = rows.reshape(-1, x.shape[-1]), {"positions": np.array([range(x.shape[1])] * len(x))}
-    result = getattr(module, name)(rows, **kwargs, **positions)
-    assert (result.dtype, result.shape[:-1]) == (np.float32, rows.shape[:-1])
-    assert np.array_equal(rows.ravel(), x.ravel())  # as it was
-    expected = on_rows(lambda part: formula(part, **others), n_axes, x)
-    np.testing.assert_allclose(result, np.reshape(expected, result.shape), rtol=1e-4, atol=1e-4)
-
-
-def test_no_position_sees_a_later_one(module):
-    """However large its score would be."""
-    for i, row in enumerate(module.mha(X[0] * 1000, **CASES["mha"][2])):
-        alone = module.mha(X[0, : i + 1] * 1000, **CASES["mha"][2])[-1]
-        np.testing.assert_allclose(row, alone, rtol=1e-3, atol=1e-2)
-
-
-def test_gelu_to_the_last_digits(module):
-    """Also far from 0, where it is 0 or x."""
-    x = np.array([*np.linspace(-8, 8, 1001), -1e4, 1e4], np.float32)
-    np.testing.assert_allclose(module.gelu(x), [plain_gelu(value) for value in x.tolist()], rtol=1e-6, atol=2e-6)
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"eps": 1e-3}], ids=str)
-def test_layer_norm_eps(module, kwargs):
-    """eps keeps a row without variance finite, and counts where variance is small."""
-    x, ones = np.array([[3, 3, 3], [0.01, 0, -0.01]], np.float32), np.ones(3, np.float32)
-    expected = [plain_layer_norm(row, [1, 1, 1], [0, 0, 0], **kwargs) for row in x.tolist()]
-    np.testing.assert_allclose(module.layer_norm(x, ones, 0 * ones, **kwargs), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_softmax_of_large_numbers(module):
-    """No overflow, and -inf is a probability of exactly 0."""
-    x = np.array([[1000, 1000, -np.inf], [-1e30, -np.inf, -1e30]], np.float32)
-    assert module.softmax(x).tolist() == [[0.5, 0.5, 0], [0.5, 0, 0.5]]
-
-
-def test_gpt2_is_its_formula(module):
-    """The whole model, on a list, on an array, on a batch."""
-    params, ids = random_params(), random_ids(2, 6)
-    expected = [plain_gpt2(row, **plain(params), n_head=N_HEAD) for row in ids]
-    for inputs, logits in (
-        (ids, expected),
-        (np.array(ids), expected),
-        (ids[0], expected[0]),
-        (ids[1][:1], expected[1][:1]),
-    ):
-        result = module.gpt2(inputs, **params, n_head=N_HEAD)
-        assert result.dtype == np.float32
-        np.testing.assert_allclose(result, logits, rtol=1e-3, atol=1e-3)
-
-
-# ---- The bundled model ----------------------------------------------------------------------------------------------
+    """Whatever the leading axes and the size of the numbers; float32 in, float32 out; the argument stays as it was."""
+    given = np.int64(INPUTS[x][..., 0]) % HPARAMS["n_vocab"] if name == "gpt2" else INPUTS[x].copy()
+    before, others = np.float64(given), ARGUMENTS[name]
+    result, expected = (getattr(f, name.split()[0])(x, **others) for f, x in ((module, given), (Formula, before)))
+    tolerance = 2e-6 if name == "gelu" else 3e-4
+    np.testing.assert_allclose(result, np.float32(expected), rtol=tolerance, atol=tolerance, strict=True)
+    np.testing.assert_array_equal(given, before)
 
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden["prompt"][:12])
-def test_golden(module, model, golden):
-    """Ids, logits, 40 tokens and their text are those of HF transformers' GPT2LMHeadModel."""
+def test_golden(module, model, golden, monkeypatch, tmp_path):
+    """Ids, logits, 40 tokens and their text are those of HF transformers' GPT2LMHeadModel, from any folder."""
+    monkeypatch.chdir(tmp_path)
     encoder, hparams, params = model
     ids = encoder.encode(golden["prompt"])
     assert ids == golden["ids"]
     logits = module.gpt2(ids, **params, n_head=hparams["n_head"])[-1]
     np.testing.assert_allclose(logits[:16], golden["logits16"], rtol=0, atol=1e-3)
-    assert abs(np.log(np.exp(logits.astype(np.float64)).sum()) - golden["logsumexp"]) < 1e-3
-    assert logits.argmax() == golden["argmax"]
+    assert abs(np.log(np.exp(np.float64(logits)).sum()) - golden["logsumexp"]) < 1e-3
     assert module.generate(ids, params, hparams["n_head"], 40) == golden["greedy"]
-    assert module.main(golden["prompt"], model_size="2M", models_dir=ROOT / "models") == golden["text"]
+    assert module.main(golden["prompt"], model_size="2M") == golden["text"]
 
 
 def test_endoftext(module, model):
@@ -194,141 +100,141 @@ def test_endoftext(module, model):
     encoder, hparams, params = model
     end = encoder.encoder["<|endoftext|>"]
     ids = module.generate([end], params, hparams["n_head"], 60)
-    assert end in ids[1:]  # or the next line shows nothing
-    texts = module.main(["", "and they lived happily ever after."], 60, "2M", ROOT / "models")
-    assert texts == [encoder.decode(ids[: ids.index(end)]), ""]
-    assert module.main("", 60, "2M", ROOT / "models") == texts[0]
-    assert (module.main(["Once"], model_size="2M"), module.main([], 5, "2M")) == ([GOLDEN[1]["text"]], [])
+    assert end in ids[1:]  # or the next lines show nothing
+    texts = [encoder.decode(ids[: ids.index(end)]), ""]
+    for prompts in ["", AT_END], (prompt for prompt in ["", AT_END]):  # a list, a generator
+        assert module.main(prompts, 60, "2M", ROOT / "models") == texts
+    assert module.main([], 60, "2M") == []
 
 
-def test_nothing_is_computed_after_the_end(monkeypatch):
-    """A prompt, or two, after which <|endoftext|> comes at once take a single pass of the model."""
-    calls = recorded(gpt2, monkeypatch)
-    for n in 1, 2:
-        assert gpt2.main(["and they lived happily ever after."] * n, 40, "2M") == [""] * n and len(calls) == n
+def test_context_length(module, model):
+    """A prompt and its new tokens may fill the context to the last token; with one more, any is refused."""
+    encoder, hparams, _ = model
+    n_ctx, text = hparams["n_ctx"], " the" * 200
+    n_left = n_ctx - len(encoder.encode(text))
+    assert len(encoder.encode(module.main(text, n_left, "2M"))) > 0
+    for prompt, n_new in (text, n_left + 1), (" the" * n_ctx, 1), ("", n_ctx), (["a", text], n_left + 1):
+        with pytest.raises(ValueError, match=str(n_ctx)):
+            module.main(prompt, n_new, "2M")
 
 
-# ---- The mask, the cache, the batch ---------------------------------------------------------------------------------
+def test_the_default_model_is_124M(tmp_path, monkeypatch):
+    """Nobody listens where it would be fetched from, and the error names the model."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for function in gpt2.main, gpt2.cli, gpt2_pico.main, utils.load_encoder_hparams_and_params:
+        with pytest.raises(OSError, match="/124M/"):
+            function(*[] if "load" in function.__name__ else ["O"], models_dir=tmp_path)
 
 
-def recorded(module, monkeypatch):
-    """The list to which each call of the module's gpt2() from now on adds (ids, logits, cache)."""
+@pytest.fixture
+def calls(module, monkeypatch):
+    """What went through the model so far: (ids, logits, cache) of each call."""
     calls, original = [], module.gpt2
 
-    def gpt2(ids, **kwargs):
-        calls.append((ids, original(ids, **kwargs), kwargs["cache"]))
+    def recorded(ids, **kwargs):
+        calls.append((ids, original(ids, **kwargs), kwargs.get("cache")))
         return calls[-1][1]
 
-    monkeypatch.setattr(module, "gpt2", gpt2)
+    monkeypatch.setattr(module, "gpt2", recorded)
     return calls
 
 
-def uncached(module, prompt, params, n_head, n_new):
-    """The same for one prompt, by asking for the whole sequence again and again."""
+def uncached(module, prompt, n_new):
+    """Its new ids and their logits, by asking for the whole sequence again and again."""
     ids, rows = list(prompt), []
     for _ in range(n_new):
-        rows.append(module.gpt2(ids, **params, n_head=n_head)[-1])
+        rows.append(module.gpt2(ids, **PARAMS, n_head=N_HEAD)[-1])
         ids.append(int(rows[-1].argmax()))
     return ids[len(prompt) :], np.array(rows)
 
 
-def test_call_with_a_cache(module):
-    """Several tokens, then one, each row from its own start. Behind the longest row the cache is not even read."""
-    params, ids, rows = random_params(), np.array(random_ids(2, 8)), np.arange(2)
-    cache = np.full((HPARAMS["n_layer"], 2, 2, N_HEAD, 9, HPARAMS["n_embd"] // N_HEAD), 7, np.float32)
-    cache[..., 8, :] = np.nan
-    expected = module.gpt2(ids, **params, n_head=N_HEAD)
-    for n, start in [(3, [0, 0]), (2, [3, 3]), (2, [3, 5]), (1, [5, 7]), (1, [6, 6])]:
-        positions = np.array(start)[:, None] + np.arange(n)
-        logits = module.gpt2(ids[rows[:, None], positions], **params, n_head=N_HEAD, positions=positions, cache=cache)
-        np.testing.assert_allclose(logits, expected[rows, positions[:, -1]], rtol=0, atol=1e-3, strict=True)
+LENGTHS = {"ragged": [2, 200, 1, 7], "a piece": [256], "and one": [257], "the context": [635], "3 and 600": [3, 600]}
+LENGTHS["300 prompts"] = [2] * 299 + [4]
 
 
-@pytest.mark.parametrize("lengths", [[2, 200, 1, 7], [257], [595], [3, 400, 290], [2] * 300 + [4]], ids=len)
-def test_in_a_batch_as_alone(module, monkeypatch, lengths):
-    """Also prompts that take several passes give what each gives alone and without a cache, logits and all."""
-    params, prompts = random_params(), [random_ids(n, seed=i) for i, n in enumerate(lengths)]
-    with monkeypatch.context() as patch:
-        calls = recorded(module, patch)
-        rows = module.generate(prompts, params, N_HEAD, 5)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_in_a_batch_as_alone(module, calls, lengths):
+    """Each prompt gets what it gets alone and without a cache; the cache holds its own entries and no other."""
+    prompts = [random_ids(n, seed=i) for i, n in enumerate(LENGTHS[lengths])]
+    rows, steps = module.generate(prompts, PARAMS, N_HEAD, 5), calls[-5:]
     assert {array.dtype for _, *arrays in calls for array in arrays} == {np.dtype(np.float32)}
-    for i in sorted({0, 1, 2, len(prompts) - 1} & {*range(len(prompts))}):
-        expected, expected_logits = uncached(module, prompts[i], params, N_HEAD, 5)
-        assert rows[i] == expected
-        np.testing.assert_allclose([logits[i] for _, logits, _ in calls[-5:]], expected_logits, rtol=0, atol=1e-3)
+    for i in sorted({0, 1, len(prompts) - 1} & {*range(len(prompts))}):
+        ids, logits = uncached(module, prompts[i], 5)
+        assert rows[i] == ids == module.generate(prompts[i], PARAMS, N_HEAD, 5)
+        np.testing.assert_allclose([step[1][i] for step in steps], logits, rtol=0, atol=1e-3)
+        n, cache, alone = len(prompts[i]) + 4, steps[-1][2][:, :, i], calls[-1][2][:, :, 0]
+        np.testing.assert_allclose(cache[..., :n, :], alone[..., :n, :], rtol=0, atol=1e-3)
+        assert not cache[..., n:, :].any()
 
 
-def test_prefill(monkeypatch):
-    """About 256 tokens at a time go through gpt2.py's model, whatever the batch; the last pass gives the first id."""
-    calls = recorded(gpt2, monkeypatch)
-    gpt2.generate(random_ids(5, 300), random_params(), N_HEAD, 1)
+@pytest.mark.parametrize("module", [gpt2], indirect=True)
+def test_what_goes_through_the_model(model, calls):
+    """About 256 tokens of the prompts at a time, then one new token of each, and nothing after the end of all texts."""
+    gpt2.generate(random_ids(9), PARAMS, N_HEAD, 3)
+    gpt2.generate(random_ids(5, 300), PARAMS, N_HEAD, 1)
     sizes = [ids.size for ids, *_ in calls]
-    assert max(sizes) <= 256 and sum(sizes) == 5 * 300
-    gpt2.generate(random_ids(9), random_params(), N_HEAD, 3)
-    assert [ids.size for ids, *_ in calls[len(sizes) :]] == [9, 1, 1]
+    assert sizes[:3] == [9, 1, 1] and sum(sizes[3:]) == 5 * 300 and max(sizes) <= 256
+    calls.clear()
+    assert gpt2.main([AT_END] * 130, 40, "2M", batch_size=120) == [""] * 130
+    assert {len(ids) for ids, *_ in calls} == {120, 10}
+    assert sum(ids.size for ids, *_ in calls) == 130 * len(model[0].encode(AT_END))
 
 
-@pytest.mark.parametrize("kind", [list, tuple, "uint8", "int16", "uint32", "int64", "uint64"])
+@pytest.mark.parametrize("kind", [list, tuple, "uint8", "int16", "int64", "uint64"], ids=str)
 def test_what_generate_takes(module, kind):
     """Lists, tuples, arrays, in a batch or not; the caller's are unchanged, the new ids are Python's integers."""
-    convert = kind if isinstance(kind, type) else lambda ids: np.array(ids, kind)
-    prompts, args = [convert(ids) for ids in ([1, 2, 30], [5, 6], [7])], (random_params(), N_HEAD)
-    new = module.generate(prompts[0], *args, 6)
-    assert new == uncached(module, [1, 2, 30], *args, 6)[0] and {type(id) for id in new} == {int}
-    ragged = np.empty(3, object)
+    prompts = [np.array(ids, kind) if isinstance(kind, str) else kind(ids) for ids in ([1, 2, 30], [5, 6], [7])]
+    new, ragged = module.generate(prompts[0], PARAMS, N_HEAD, 6), np.empty(3, object)
+    assert new == uncached(module, [1, 2, 30], 6)[0] and {type(id) for id in new} == {int}
     ragged[:] = prompts
-    for batch in prompts[:1], tuple(prompts), ragged:
-        rows = module.generate(batch, *args, 6)
-        assert len(rows) == len(batch) and rows[0] == new and {type(id) for row in rows for id in row} == {int}
-        assert module.generate(batch, *args, 0) == [[] for _ in batch]
-    assert module.generate(prompts[0], *args, 0) == [] and list(prompts[0]) == [1, 2, 30]
+    for batch in prompts[:1], tuple(prompts), ragged, iter(prompts):
+        assert module.generate(batch, PARAMS, N_HEAD, 6)[0] == new
+    assert module.generate(prompts[0], PARAMS, N_HEAD, 0) == [] and list(prompts[0]) == [1, 2, 30]
 
 
-def test_context_length(module, model):
-    """A prompt and its new tokens may fill the context length to the last token; with one more, any is refused."""
-    encoder, hparams, _ = model
-    n_ctx, text = hparams["n_ctx"], " the" * 200
-    n_ids = len(encoder.encode(text))
-    assert len(encoder.encode(module.main(text, n_ctx - n_ids, "2M"))) > 0
-    for prompt, n_new in (text, n_ctx - n_ids + 1), (" the" * n_ctx, 1), ("", n_ctx), (["a", text], n_ctx - n_ids + 1):
-        with pytest.raises(ValueError, match=str(n_ctx)):
-            module.main(prompt, n_new, "2M")
-    with pytest.raises(ValueError, match="1023"):  # before it would be fetched
-        module.main("", 1024, "124M", "nowhere")
+LONG = random_ids(HPARAMS["n_ctx"] - 3)
+REFUSED = {  # what generate gets in the place of ids
+    "a long prompt": LONG, "a long one in a batch": [[1], LONG], "no id": [], "no id in a batch": [[1], []],
+    "an id too high": [1, 31], "an id below 0 in a batch": [[1], [0, -1]], "an id of 65 bits": [2**64],
+    "text": "text", "digits": "123", "texts": ["1", "2"], "fractions": [1, 1.9],
+}  # fmt: skip
 
 
-N_VOCAB, LONG = HPARAMS["n_vocab"], random_ids(HPARAMS["n_ctx"] - 3)
-REFUSED = [  # prompts, the number of the bad one, and what else the message tells
-    (LONG, 1, HPARAMS["n_ctx"]), ([[1], LONG], 2, HPARAMS["n_ctx"]), ([], 1, ""), ([[1], []], 2, ""),
-    ([1, N_VOCAB], 1, N_VOCAB), ([[1], [0, -1]], 2, -1), ([2**40], 1, 2**40),
-]  # fmt: skip
+@pytest.mark.parametrize("inputs", REFUSED)
+def test_what_generate_refuses_in_one_sentence(module, inputs):
+    with pytest.raises((TypeError, ValueError), match=r"\A.*(ids?\b|tokens).*\Z"):
+        module.generate(REFUSED[inputs], PARAMS, N_HEAD, 4)
 
 
-@pytest.mark.parametrize(("inputs", "number", "what"), REFUSED, ids=lambda value: str(value)[:9])
-def test_what_generate_refuses(inputs, number, what):
-    """Prompts that are too long or empty, by their number, and ids that are no row of the embedding."""
-    with pytest.raises(ValueError, match=rf"(?=.*\b{number}\b).*{what}\b"):
-        gpt2.generate(inputs, random_params(), N_HEAD, 4)
+def test_what_else_is_refused_in_one_sentence(module):
+    for n_head in 5, 0:
+        with pytest.raises(ValueError, match=r"\A.*n_head.* .*\Z"):
+            module.generate([1], PARAMS, n_head, 4)
+    for prompt in None, 5, [5]:
+        with pytest.raises((TypeError, ValueError), match=r"\A.*(text|prompt).* .*\Z"):
+            gpt2.main(prompt, model_size="2M")
 
 
 @pytest.mark.parametrize("name", ["wte", "wpe", "blocks"])
 def test_weights_that_are_not_numbers(module, name):
-    """NaN or infinity in one place is an error that names the weights, if it is met: in wte by all, in wpe by one row."""
-    params = random_params()
+    """One of them is an error that names the weights, also when sampling."""
+    params = copy.deepcopy(PARAMS)
     weights = params["blocks"][1]["mlp"]["c_proj"]["b"] if name == "blocks" else params[name][3]
-    for weights[2] in np.nan, np.inf:
-        for options in [{}, {"seed": 1}][: 1 + (module is gpt2)]:
-            with pytest.raises(ValueError, match="weights"), np.errstate(all="ignore"):
-                module.generate([[1], [1, 2, 1, 0]], params, N_HEAD, 1, **options)
+    weights[2] = np.inf if name == "wte" else np.nan
+    for options in [{}] if module is gpt2_pico else [{}, {"seed": 1}]:
+        with pytest.raises(ValueError, match="weights"), np.errstate(all="ignore"):
+            module.generate([[1], [1, 2, 5, 0]], params, N_HEAD, 1, **options)
 
 
-# ---- The files ------------------------------------------------------------------------------------------------------
+def test_help_shows_the_options_by_name():
+    for function in gpt2.generate, gpt2.main:
+        assert {"temperature", "top_k", "top_p", "seed"} <= {*inspect.signature(function).parameters}
 
 
 def test_imports():
     """To read or import the model costs NumPy alone; what is slow to import waits until it is needed."""
     for module_name, packages in ("gpt2", {"regex", "utils"}), ("gpt2_pico", set()):
         code = f"import sys, numpy; before = {{*sys.modules}}; import {module_name}; print(*{{*sys.modules}} - before)"
-        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        loaded = {name.partition(".")[0] for name in result.stdout.split()}
+        output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True, timeout=60)
+        loaded = {name.partition(".")[0] for name in output.split()}
         assert module_name in loaded and not loaded & (packages | {"tensorflow", "requests", "fire", "tqdm"})
