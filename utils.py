@@ -54,7 +54,7 @@ def download_gpt2_files(model_size, model_dir):
         return
     url = f"{(os.environ.get('GPT2_MODELS_URL') or URL).rstrip('/')}/{model_size}"
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"GPT2_MODELS_URL must begin with http:// or https://, unlike {url}")
+        raise ValueError(f"GPT2_MODELS_URL must begin with http:// or https://, unlike {url.rpartition('/')[0]}")
     print(f"fetching {model_size}, {n_bytes / 1e6:.0f} MB, from {url} to {model_dir}", file=sys.stderr)
     model_dir.mkdir(parents=True, exist_ok=True)
     with open(model_dir / ".lock", "w") as lock:
@@ -243,8 +243,9 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
         download_gpt2_files(model_size, model_dir)
     prefixes, checkpoint = sorted(path.stem for path in model_dir.glob("*.index")), model_dir / "checkpoint"
     if not prefixes:
-        there = sorted({path.parent.name for path in models_dir.glob("*/*.index")} | RELEASED.keys())
-        raise ValueError(f"no model {model_size!r} (no *.index file) in {models_dir}, but: {', '.join(there)}")
+        there = ", ".join(sorted({path.parent.name for path in models_dir.glob("*/*.index")})) or "none"
+        where = f"no model {model_size!r} with an *.index file in {models_dir}"
+        raise ValueError(f"{where}; there: {there}; to fetch: {', '.join(RELEASED)}")
     if checkpoint.exists():
         with reading(checkpoint):
             found = re.search(r"(?<!\w)model_checkpoint_path\s*:\s*(\"|')(.+?)\1", checkpoint.read_text("utf-8-sig"))
@@ -359,7 +360,8 @@ def plain(error):
 
 
 def show(answers, prompts):
-    """Print each text while it is generated. If prompts are asked for (None), mistakes and Ctrl-C end one text only."""
+    """Print each text while it is generated. A mistake costs its own text only; so does Ctrl-C if prompts is None."""
+    has_failed = False
     for prompt, text in answers:
         if prompts and len(prompts) > 1:
             print(f"> {prompt}")
@@ -369,10 +371,15 @@ def show(answers, prompts):
             for piece in text:
                 print(piece, end="", flush=True)
             print(flush=True)
-        except (KeyboardInterrupt, ValueError) as error:
+        except ValueError as error:
+            has_failed = True
+            print(f"error: {plain(error)}", file=sys.stderr)
+        except KeyboardInterrupt:
             if prompts:
                 raise
-            print(f"error: {plain(error)}" if isinstance(error, ValueError) else "", file=sys.stderr)
+            print(file=sys.stderr)
+    if prompts and has_failed:
+        sys.exit(1)
 
 
 def show_json(answers):
@@ -411,10 +418,13 @@ def parse(function):
             Fire(stand_in, arguments)
     except core.FireExit as result:
         fault, usage = result.trace.elements[-1].ErrorAsStr().replace("\0", ""), helptext.UsageText(function, at_start)
-        near = difflib.get_close_matches(fault.split()[-1].split("=")[0], re.findall(r"--\w+", usage), 1)
-        hint = f"did you mean {near[0]}?" if near else "after -- a prompt may begin with a dash"
+        near = difflib.get_close_matches(fault.split()[-1].split("=")[0], re.findall(r"--\w+", usage), 2, 0.7)
+        hint = f"did you mean {' or '.join(near)}?" if near else "after -- a prompt may begin with a dash"
         print(f"error: {fault}; {hint}\n{usage}", file=sys.stderr)
         raise
+    for flag, value in zip(flags, [*flags[1:], "--"]):
+        if re.fullmatch("--?[A-Za-z_]+", flag) and re.match("-[A-Za-z-]", value):
+            raise ValueError(f"{flag} needs a value")  # fire would take "True" for it
     return calls[0]
 
 

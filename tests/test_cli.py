@@ -172,10 +172,10 @@ MISTYPED = {  # what is typed: what the line before the usage tells
     "--sed=5": "--sed.*--seed", "--model 2M": "--model.*--model", "--json": "--json", "-hello": "-hello", "-n5": "-n5",
 }  # fmt: skip
 REFUSED = {  # what is typed: what the one line tells
-    "--n_tokens_to_generate=1.5": "n_tokens_to_generate.*'1.5'", "-n": "n_tokens_to_generate.*'True'", "--seed": "seed",
+    "--n_tokens_to_generate=1.5": "n_tokens_to_generate.*'1.5'", "-n": "-n .*value", "--seed --top_k 5": "--seed .*value",
     "--temperature=nan": "temperature.*'nan'", "--top_k=-1": "top_k.*'-1'", "--top_p=90": "top_p.*'90'",
     "--batch_size=0": "batch_size.*'0'", "--prompts_file=-": "prompts_file", "--model_size=3M": "'3M'",
-    "--model_size=": "''", "--model_size": "'True'",
+    "--model_size=": "''", "--model_size": "--model_size .*value",
 }  # fmt: skip
 
 
@@ -193,6 +193,14 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, typed, args):
     """Before anything is fetched."""
     status, *told = typed("It is True", "--models_dir", tmp_path / "two\nlines", *args.split())
     assert re.fullmatch(f"error: .*{REFUSED[args]}.*", status) and told == ["", ""] and os.listdir(tmp_path) == []
+
+
+def test_a_bad_prompt_among_several_costs_its_own_text_only(typed):
+    status, out, told = typed(*SHORT, "Once", bad := "long " * 300, "O")
+    one, three = texts_of(["Once", "O"])
+    assert (status, out) == (1, f"> Once\n{one}\n> {bad}\n> O\n{three}\n") and re.fullmatch(
+        "error: prompt 2: .*\n", told
+    )
 
 
 @both_scripts
