@@ -172,7 +172,7 @@ MISTYPED = {  # what is typed: what the line before the usage tells
     "--sed=5": "--sed.*--seed", "--model 2M": "--model.*--model", "--json": "--json", "-hello": "-hello", "-n5": "-n5",
 }  # fmt: skip
 REFUSED = {  # what is typed: what the one line tells
-    "--n_tokens_to_generate=1.5": "n_tokens_to_generate.*'1.5'", "-n": "-n .*value", "--seed --top_k 5": "--seed .*value",
+    "--n_tokens_to_generate=1.5": "n_tokens_to_generate.*'1.5'", "-n": "-n .*value", "--seed -b 5": "--seed .*value",
     "--temperature=nan": "temperature.*'nan'", "--top_k=-1": "top_k.*'-1'", "--top_p=90": "top_p.*'90'",
     "--batch_size=0": "batch_size.*'0'", "--prompts_file=-": "prompts_file", "--model_size=3M": "'3M'",
     "--model_size=": "''", "--model_size": "--model_size .*value",
