@@ -37,7 +37,7 @@ FAULTS = {  # name: function of the file and of where to start
     "stops sending": lambda file, start: good(file, start)._replace(stop=len(file) * 6 // 10 - start),
     "sends all again": lambda file, start: good(file, 0),
     "sends all again and breaks off": lambda file, start: good(file, 0)._replace(end=50_000),
-    "sends another place": lambda file, start: good(file, start)._replace(headers=good(file, start - 1).headers),
+    "sends another place": lambda file, start: good(file, start + 1),
     "sends no place": lambda file, start: good(file, start)._replace(headers={}),
     "sends it zipped": lambda file, start: Answer(200, {"Content-Encoding": "gzip"}, gzip.compress(file)),
     "sends a page": lambda file, start: Answer(200),
