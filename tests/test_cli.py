@@ -198,9 +198,8 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, typed, args):
 def test_a_bad_prompt_among_several_costs_its_own_text_only(typed):
     status, out, told = typed(*SHORT, "Once", bad := "long " * 300, "O")
     one, three = texts_of(["Once", "O"])
-    assert (status, out) == (1, f"> Once\n{one}\n> {bad}\n> O\n{three}\n") and re.fullmatch(
-        "error: prompt 2: .*\n", told
-    )
+    assert (status, out) == (1, f"> Once\n{one}\n> {bad}\n> O\n{three}\n")
+    assert re.fullmatch("error: prompt 2: .*\n", told)
 
 
 @both_scripts
@@ -335,11 +334,15 @@ def test_a_random_seed_is_told_on_the_terminal_and_gives_the_texts_again(termina
     asking.send("Once\nOnce\n\4")
     seed = re.search(r"seed\D(\d+)\r", asking.read())[1]
     texts = texts_of(["Once", "Once"], 40, batch_size=1, top_k=9, seed=seed)
-    assert texts[0] != texts[1] and (tmp_path / "texts").read_text("utf-8").splitlines() == texts
+    assert texts[0] != texts[1] and (tmp_path / "texts").read_text("utf-8") == "{}\n{}\n".format(*texts)
 
 
-def test_lines_are_answered_as_they_come(terminal):
-    typing = terminal("-n=3", "--prompts_file=-", "--batch_size=1")
+@pytest.mark.parametrize("end_of_command", ["", "| cat"])
+def test_lines_are_answered_as_they_come_with_progress_if_they_go_elsewhere(terminal, end_of_command):
+    around = ["bash", "-c", f'"$@" {end_of_command}', "bash"]
+    typing = terminal("-n=3", "--prompts_file=-", "--batch_size=1", around=around)
     for prompt in "Once", "O":
         typing.sendline(prompt)
         typing.expect_exact(json.dumps({"prompt": prompt, "text": texts_of(prompt)}))
+    typing.sendeof()
+    assert ("2 prompts" in end(typing)[0]) == bool(end_of_command)

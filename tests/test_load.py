@@ -54,6 +54,7 @@ def test_the_float32_weights_alone_are_mapped_and_need_no_tensorflow(tmp_path, m
         params = load("own", tmp_path)[2]
         np.testing.assert_equal(params, nested(random_tensors(ODD)))
         assert not params["wte"].flags.writeable and capfd.readouterr().err == ""
+    assert {*os.listdir(tmp_path / "own")} == {*utils.FILES}  # it leaves nothing there
 
 
 SIZES = {"124M": 497_759_232, "355M": 1_419_292_672, "774M": 3_096_120_320, "1558M": 6_230_444_800}

@@ -51,7 +51,7 @@ class Formula:
         return x + Formula.ffn(Formula.layer_norm(x, **ln_2), **mlp)
 
     def gpt2(inputs, wte, wpe, blocks, ln_f, n_head):
-        x = np.float64(wte)[np.int64(inputs)] + wpe[: inputs.shape[-1]]
+        x = np.float64(wte)[inputs.astype(int)] + wpe[: inputs.shape[-1]]
         for block in blocks:
             x = Formula.transformer_block(x, **block, n_head=n_head)
         return Formula.layer_norm(x, **ln_f) @ wte.T
@@ -73,8 +73,8 @@ ARGUMENTS = {  # name of the function: what it gets after x
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_function_is_its_formula(module, name, x):
     """Whatever the leading axes and the size of the numbers; float32 in, float32 out; the argument stays as it was."""
-    given = np.int64(INPUTS[x][..., 0]) % HPARAMS["n_vocab"] if name == "gpt2" else INPUTS[x].copy()
-    before, others = np.float64(given), ARGUMENTS[name]
+    given = INPUTS[x][..., 0].astype(int) % HPARAMS["n_vocab"] if name == "gpt2" else INPUTS[x].copy()
+    before, others = given.astype(np.float64), ARGUMENTS[name]
     result, expected = (getattr(f, name.split()[0])(x, **others) for f, x in ((module, given), (Formula, before)))
     tolerance = 2e-6 if name == "gelu" else 3e-4
     np.testing.assert_allclose(result, np.float32(expected), rtol=tolerance, atol=tolerance, strict=True)
