@@ -269,7 +269,7 @@ def cli(
     seed: int = None,
     batch_size=32,
 ):
-    """Continue a text with GPT-2: python gpt2.py "Once upon a time" --top_p 0.9
+    """Continue a text: python gpt2.py "Once upon a time" --top_p 0.9
 
     One prompt: the text appears as it is generated. Several: "> prompt", and
     below it its text. None: asks for prompts until Ctrl-D, or takes what comes

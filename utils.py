@@ -248,7 +248,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
         raise ValueError(f"{where}; there: {there}; to fetch: {', '.join(RELEASED)}")
     if checkpoint.exists():
         with reading(checkpoint):
-            found = re.search(r"(?<!\w)model_checkpoint_path\s*:\s*(\"|')(.+?)\1", checkpoint.read_text("utf-8-sig"))
+            found = re.search(r"model_checkpoint_path\s*:\s*(\"|')(.+?)\1", checkpoint.read_text("utf-8-sig"))
         if found:
             prefixes = [re.split(r"[/\\]", found[2])[-1]]  # it may be a path on another machine
     if len(prefixes) > 1:
