@@ -11,7 +11,7 @@ import numpy as np
 # ---- The model ------------------------------------------------------------------------------------------------------
 # A token is a piece of text, about four letters; its id is its number in the vocabulary. From ids to the next token:
 #   1. Each id becomes its embedding, n_embd numbers for what the token is. n_embd numbers for its position are added;
-#      they alone tell the order of the tokens. The sums are the rows of x, one per token.
+#      these and the mask tell the order of the tokens. The sums are the rows of x, one per token.
 #   2. x passes through n_layer blocks. In each, attention lets a token fetch from itself and those before it, then a
 #      feed-forward network works on each token alone. Both add what they find to x.
 #   3. After a last layer_norm each row is compared with all embeddings. This gives the logits: a score for each token
@@ -120,7 +120,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
 #         logits = gpt2(ids, **params, n_head=n_head)
 #         ids = [*ids, int(logits[-1].argmax())]
 # But no position sees those after it, so its keys and values stay the same as the text grows. The KV cache keeps them
-# (but no queries, because each is used once, in its own step). After n tokens, the next one costs 124M
+# (but no queries, because each is used once, in its own step). After n tokens, one more costs the 124M model
 #   without a cache: 124 million multiplications for each of the n tokens, and for attention more: this grows with n
 #   with a cache: each of the 124 million weights is read and used once, however long the text; and the cache is read:
 #     12 layers * 2 * 768 = 18,432 numbers (73,728 bytes) for each of the n tokens, which is all that grows with n
@@ -192,7 +192,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, rngs=(), stop_
         if rngs:
             probs = sample_probs(logits, **sampling)
             noise = np.array([rng.standard_exponential(n_vocab) for rng in rngs])
-            new = (probs / noise).argmax(-1)  # id i is taken with probability probs[i] (the Gumbel-max trick)
+            new = (probs / noise).argmax(-1)  # takes id i with probability probs[i] (the Gumbel-max trick)
         yield new
         ended |= new == stop_id
         if ended.all():  # those that have ended run on until all have; ignore their ids
@@ -293,14 +293,14 @@ def cli(
         seed: a whole number; the same one gives the same text again
         batch_size: how many prompts to work on together
     """
-    from utils import ask, check_options, load_encoder_hparams_and_params, read_prompts, show, show_json
+    from utils import ask, check_options, is_terminal, load_encoder_hparams_and_params, read_prompts, show, show_json
 
     options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size)
     sampling = check_options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     prompts = read_prompts(prompts, prompt, prompts_file)
     if prompts is None:  # they are asked for, and each is answered before the next
         options["batch_size"] = 1
-    if seed is None and generators([0], **sampling) and sys.stderr.isatty():
+    if seed is None and generators([0], **sampling) and is_terminal(sys.stderr):
         sampling["seed"] = int(np.random.default_rng().integers(2**32))
         print(f"--seed {sampling['seed']}", file=sys.stderr)  # with it the same texts come again
     loaded = load_encoder_hparams_and_params(model_size, models_dir)

@@ -27,10 +27,8 @@ SUFFIX = ".data-00000-of-00001"
 DATA = "model.ckpt" + SUFFIX
 FILES = ["encoder.json", "vocab.bpe", "hparams.json", "checkpoint", "model.ckpt.index", DATA]
 RELEASED = {
-    "124M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12},
-    "355M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1024, "n_head": 16, "n_layer": 24},
-    "774M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1280, "n_head": 20, "n_layer": 36},
-    "1558M": {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 1600, "n_head": 25, "n_layer": 48},
+    size: {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_embd // 64, "n_layer": n_layer}
+    for size, n_embd, n_layer in [("124M", 768, 12), ("355M", 1024, 24), ("774M", 1280, 36), ("1558M", 1600, 48)]
 }
 SHA256 = {  # without a size: of all four models
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -129,7 +127,7 @@ def fetch(url, part, size, n_bytes):
                     raise requests.HTTPError(f"{file.tell()} bytes came, of {n_bytes or total}")
             finally:
                 if n_bytes and (file.tell() > n_bytes or (file.tell() < n_bytes and not total)):
-                    file.truncate(size)  # these bytes may belong to another file
+                    file.truncate(size)  # these bytes may belong to something else, a login page, say
 
 
 def is_right(path, name, model_size):
@@ -236,9 +234,10 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
 
     models_dir = Path(os.path.expanduser(models_dir or Path(__file__).resolve().parent / "models"))  # beside this file
     model_dir = models_dir / model_size
-    for folder in models_dir.resolve(), Path(os.path.expanduser(model_size)).resolve():
-        if (folder / "hparams.json").exists() and not model_dir.exists():
-            raise ValueError(f"{folder} is a model: --models_dir {folder.parent} --model_size {folder.name}")
+    # Either may be the path of a model's own folder.
+    folder = (Path(os.path.expanduser(model_size)) if os.path.dirname(model_size) else models_dir).resolve()
+    if (folder / "hparams.json").exists() and not model_dir.exists():
+        raise ValueError(f"{folder} is a model: --models_dir {folder.parent} --model_size {folder.name}")
     if model_size in RELEASED:
         download_gpt2_files(model_size, model_dir)
     prefixes, checkpoint = sorted(path.stem for path in model_dir.glob("*.index")), model_dir / "checkpoint"
@@ -368,9 +367,8 @@ def show(answers, prompts):
         try:
             if isinstance(text, ValueError):
                 raise text
-            for piece in text:
+            for piece in itertools.chain(text, "\n"):
                 print(piece, end="", flush=True)
-            print(flush=True)
         except ValueError as error:
             has_failed = True
             print(f"error: {plain(error)}", file=sys.stderr)
@@ -432,8 +430,7 @@ def run(function):
     """Run a function as a command: fire parses the arguments; mistakes end in one line."""
     is_process = sys.stdout is sys.__stdout__ and not hasattr(sys, "ps1")  # else it is run in IPython or a notebook
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
-        if getattr(sys, name) is None:  # it was closed: 2>&-
-            setattr(sys, name, open(os.devnull, mode))
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, mode))  # it may have been closed: 2>&-
     if is_process:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
     try:
@@ -450,7 +447,7 @@ def run(function):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)  # end by the signal, so that a shell loop around it ends, too
         sys.exit(130)  # the first process of a container does not end by it
-    except (ImportError, MemoryError, OSError, ValueError) as error:
+    except (ImportError, KeyError, MemoryError, OSError, ValueError) as error:
         try:
             sys.stdout.flush()
         except OSError:  # nobody takes the text: drop it
