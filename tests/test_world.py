@@ -35,6 +35,12 @@ def test_an_argument_arrives_in_the_c_locale():
     assert (result.stdout, result.stderr) == (gpt2.main(KING, 40, "2M") + "\n", "")
 
 
+def test_a_checkpoint_file_is_read_as_utf_8_in_the_c_locale(models):
+    (models / "2M/checkpoint").write_text('model_checkpoint_path: "/josé/model.ckpt"', "utf-8")
+    result = run(ONCE, "--model_size=2M", f"--models_dir={models}", env=NO_UTF_8)
+    assert (result.stdout, result.stderr) == (TEXT + "\n", "")
+
+
 def test_files_are_read_as_utf_8_in_a_latin_1_locale(tmp_path):
     if not shutil.which("localedef"):
         pytest.skip("localedef, which makes a locale, is not installed")
