@@ -1,6 +1,7 @@
 """GPT-2 in plain NumPy, after "Language Models are Unsupervised Multitask Learners" (Radford et al., 2019)."""
 
 import itertools
+import os
 import sys
 
 if __name__ == "__main__":
@@ -293,14 +294,13 @@ def cli(
         seed: a whole number; the same one gives the same text again
         batch_size: how many prompts to work on together
     """
-    from utils import ask, check_options, is_terminal, load_encoder_hparams_and_params, read_prompts, show, show_json
+    from utils import ask, check_options, load_encoder_hparams_and_params, read_prompts, show, show_json
 
     options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size)
     sampling = check_options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    prompts = read_prompts(prompts, prompt, prompts_file)
-    if prompts is None:  # they are asked for, and each is answered before the next
-        options["batch_size"] = 1
-    if seed is None and generators([0], **sampling) and is_terminal(sys.stderr):
+    prompts = read_prompts(prompts, prompt, prompts_file)  # None: they are asked for
+    options["batch_size"] = options["batch_size"] if prompts else 1  # what is asked for is answered before the next
+    if seed is None and generators([0], **sampling) and os.isatty(2):
         sampling["seed"] = int(np.random.default_rng().integers(2**32))
         print(f"--seed {sampling['seed']}", file=sys.stderr)  # with it the same texts come again
     loaded = load_encoder_hparams_and_params(model_size, models_dir)

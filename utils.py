@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
 from pathlib import Path
@@ -42,7 +41,8 @@ SHA256 = {  # without a size: of all four models
 # ---- Download -------------------------------------------------------------------------------------------------------
 def download_gpt2_files(model_size, model_dir):
     """Fetch the files of a released model that model_dir lacks. Raises ValueError, or OSError if they cannot be had."""
-    model_dir, n_bytes = Path(os.path.expanduser(model_dir)), data_size(RELEASED[model_size])
+    model_dir, shapes = Path(os.path.expanduser(model_dir)), tensor_shapes(RELEASED[model_size])
+    n_bytes = 4 * sum(map(math.prod, shapes.values()))  # of the data file, which is all weights as float32
 
     def is_there(name):
         path = model_dir / name
@@ -71,13 +71,10 @@ def download(url, path, model_size, n_bytes):
     part, n_fruitless, handled = Path(f"{path}.part"), 0, sys.exc_info()[1]
     part.touch()
     while True:
-        # Of the data file, the next try or run resumes what this one has left.
-        size = part.stat().st_size if part.stat().st_size <= n_bytes else 0
+        size = part.stat().st_size if part.stat().st_size < n_bytes else 0  # the next try or run resumes the data file
         try:
-            if size < n_bytes or not n_bytes:
-                fetch(url, part, size, n_bytes)
+            fetch(url, part, size, n_bytes)
             if not is_right(part, path.name, model_size):
-                part.write_bytes(b"")
                 raise ValueError(f"it is not OpenAI's {path.name}")
             return part.replace(path)
         except (requests.RequestException, ValueError) as error:
@@ -86,9 +83,8 @@ def download(url, path, model_size, n_bytes):
                 cause = cause.__context__
             proxy = "the proxy: " if isinstance(error, requests.exceptions.ProxyError) else ""
             failure = f"cannot fetch {url}: {proxy}{getattr(cause, 'strerror', None) or plain(cause)}"
-            has_grown = n_bytes and part.stat().st_size > size
-            n_fruitless = 0 if has_grown else n_fruitless + 1
-            if isinstance(error, (ValueError, requests.exceptions.SSLError)) and not has_grown:  # no use to try again
+            n_fruitless = 0 if size < part.stat().st_size < n_bytes else n_fruitless + 1
+            if n_fruitless and isinstance(error, (ValueError, requests.exceptions.SSLError)):  # no use to try again
                 raise OSError(failure) from None
         if n_fruitless == 5:
             raise OSError(f"{failure}; run again to go on where it stopped (--model_size 2M works without a network)")
@@ -133,9 +129,7 @@ def fetch(url, part, size, n_bytes):
 def is_right(path, name, model_size):
     """Whether a file is the one that OpenAI released, as far as we know its numbers or its SHA-256."""
     if name == "hparams.json":
-        with contextlib.suppress(ValueError):
-            return json.loads(path.read_bytes()) == RELEASED[model_size]
-        return False
+        return json.loads(path.read_bytes()) == RELEASED[model_size]
     known = SHA256.get(name) or SHA256.get(f"{model_size}/{name}")
     if name == "model.ckpt.index" and not known:
         return path.read_bytes().endswith(b"\x57\xfb\x80\x8b\x24\x75\x47\xdb")  # the last bytes of any index
@@ -158,21 +152,16 @@ def tensor_shapes(hparams):
     """{name in the checkpoint: shape} for all tensors of a model, in the order in which a data file holds them."""
     n = hparams["n_embd"]
     weights = {"attn/c_attn": (n, 3 * n), "attn/c_proj": (n, n), "mlp/c_fc": (n, 4 * n), "mlp/c_proj": (4 * n, n)}
-    block = {f"{name}/w": shape for name, shape in weights.items()}
-    block |= {f"{name}/b": shape[1:] for name, shape in weights.items()}
-    block |= {"ln_1/g": (n,), "ln_1/b": (n,), "ln_2/g": (n,), "ln_2/b": (n,)}
+    block = {"ln_1/g": (n,), "ln_1/b": (n,), "ln_2/g": (n,), "ln_2/b": (n,)}
+    for name, shape in weights.items():
+        block |= {f"{name}/w": shape, f"{name}/b": shape[1:]}
     shapes = {"wte": (hparams["n_vocab"], n), "wpe": (hparams["n_ctx"], n), "ln_f/g": (n,), "ln_f/b": (n,)}
     shapes |= {f"h{i}/{name}": shape for i in range(hparams["n_layer"]) for name, shape in block.items()}
     return {f"model/{name}": shapes[name] for name in sorted(shapes)}
 
 
-def data_size(hparams):
-    """How many bytes the data file of a model has: four for each weight."""
-    return 4 * sum(math.prod(shape) for shape in tensor_shapes(hparams).values())
-
-
-def is_plain(index, shapes):
-    """Whether the tensors of a checkpoint lie in its data file as we expect: float32, back to back, sorted by name."""
+def is_plain(index, shapes, n_bytes):
+    """Whether a data file of n_bytes is, by its index, all float32 tensors of these shapes and nothing else."""
 
     def varint(number):  # as protobuf writes it: seven bits a byte, the lowest first; 128 is added if more bytes follow
         return bytes([number]) if number < 128 else bytes([number % 128 + 128]) + varint(number // 128)
@@ -186,11 +175,11 @@ def is_plain(index, shapes):
         if not found:
             return False
         offset += size
-    return True
+    return offset == n_bytes
 
 
 def read_through_tensorflow(tf_ckpt_path, shapes):
-    """{name: tensor} of a checkpoint with more in it than the model, or in another form."""
+    """The tensors of a checkpoint that has more in it than the model, or has it in another form."""
     print(f"TensorFlow reads {tf_ckpt_path}: it is not float32 variables alone (save only these)", file=sys.stderr)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with reading(f"{tf_ckpt_path}.index or {SUFFIX} through TensorFlow (pip install -r requirements.txt)"):
@@ -201,29 +190,27 @@ def read_through_tensorflow(tf_ckpt_path, shapes):
         for name, shape in shapes.items():
             if found.get(name) not in ([*shape], [1, *shape]):  # the file may have an extra axis
                 raise ValueError(f"{name} is {found.get(name, 'missing')}, by hparams.json it is {[*shape]}")
-        return {name: reader.get_tensor(name).astype(np.float32).reshape(shape) for name, shape in shapes.items()}
+        return [reader.get_tensor(name).astype(np.float32) for name in shapes]
 
 
 def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     """The weights, a nested dict of float32 arrays: params["blocks"][3]["attn"]["c_attn"]["w"]. Raises ValueError."""
     shapes, tf_ckpt_path = tensor_shapes(hparams), os.path.expanduser(tf_ckpt_path)
     data, index = Path(tf_ckpt_path + SUFFIX), Path(tf_ckpt_path + ".index")
-    with reading(f"{index} or {SUFFIX}"):
-        is_mapped = is_plain(index.read_bytes(), shapes) and data.stat().st_size == data_size(hparams)
-    if is_mapped:  # and not read: that takes no time and no second copy in memory
-        with reading(data):
-            floats = np.memmap(data, "<f4", "r").view(np.ndarray)
-        ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
-        tensors = {name: part.reshape(shapes[name]) for name, part in zip(shapes, np.split(floats, ends[:-1]))}
-    else:
+    with reading(f"{index} or {data}"):
+        can_be_mapped = is_plain(index.read_bytes(), shapes, data.stat().st_size)
+        if can_be_mapped:  # and not read: that takes no time and no second copy in memory
+            ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+            tensors = np.split(np.memmap(data, "<f4", "r").view(np.ndarray), ends[:-1])
+    if not can_be_mapped:
         tensors = read_through_tensorflow(tf_ckpt_path, shapes)
     params = {"blocks": [{} for _ in range(hparams["n_layer"])]}
-    for name, tensor in tensors.items():
+    for (name, shape), tensor in zip(shapes.items(), tensors):
         _, *keys, last = name.split("/")  # model/h3/attn/c_attn/w
         inner = params
         for key in keys:
             inner = params["blocks"][int(key[1:])] if key[0] == "h" else inner.setdefault(key, {})
-        inner[last] = tensor
+        inner[last] = tensor.reshape(shape)
     np.empty(8_000_000, np.float32)  # once 32 MB were freed, glibc keeps such blocks for us: prompts are read faster
     return params
 
@@ -232,18 +219,16 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
     """The model in models_dir; a released one is downloaded first. Raises ValueError, OSError or ImportError."""
     from encoder import get_encoder
 
-    models_dir = Path(os.path.expanduser(models_dir or Path(__file__).resolve().parent / "models"))  # beside this file
+    models_dir = Path(os.path.expanduser(models_dir or Path(__file__).resolve().parent / "models")).resolve()
     model_dir = models_dir / model_size
-    # Either may be the path of a model's own folder.
-    folder = (Path(os.path.expanduser(model_size)) if os.path.dirname(model_size) else models_dir).resolve()
-    if (folder / "hparams.json").exists() and not model_dir.exists():
-        raise ValueError(f"{folder} is a model: --models_dir {folder.parent} --model_size {folder.name}")
+    if (models_dir / "hparams.json").exists() and not model_dir.exists():
+        raise ValueError(f"{models_dir} is a model: --models_dir {models_dir.parent} --model_size {models_dir.name}")
     if model_size in RELEASED:
         download_gpt2_files(model_size, model_dir)
     prefixes, checkpoint = sorted(path.stem for path in model_dir.glob("*.index")), model_dir / "checkpoint"
     if not prefixes:
         there = ", ".join(sorted({path.parent.name for path in models_dir.glob("*/*.index")})) or "none"
-        where = f"no model {model_size!r} with an *.index file in {models_dir}"
+        where = f"no model {model_size!r} with an *.index file in models_dir, {models_dir}"
         raise ValueError(f"{where}; there: {there}; to fetch: {', '.join(RELEASED)}")
     if checkpoint.exists():
         with reading(checkpoint):
@@ -308,7 +293,7 @@ def read_prompts(prompts, prompt, prompts_file):
         prompts = [os.fsencode(text).decode("utf-8") for text in prompts]  # for the C locale arguments are ASCII
     if prompts and prompts_file is not None:
         raise ValueError("give prompts or --prompts_file, not both")
-    if prompts or (prompts_file is None and is_terminal(sys.stdin)):
+    if prompts or (prompts_file is None and os.isatty(0)):
         return prompts or None
     lines = read_lines(prompts_file)
     first = next(lines, None)
@@ -329,10 +314,6 @@ def read_lines(path):
                 raise ValueError(f"{path} has a line without end")
 
 
-def is_terminal(stream):
-    return getattr(stream, "isatty", bool)()  # what stands in for a stream may have no isatty()
-
-
 def ask():
     """The lines that are typed, until Ctrl-D; Ctrl-C drops what is typed."""
     with contextlib.suppress(ImportError):
@@ -342,7 +323,7 @@ def ask():
     print("Type the beginning of a text. Ctrl-C stops what follows, Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            yield input("> " if is_terminal(sys.stdout) else "")  # only text goes to a file
+            yield input("> " if os.isatty(1) else "")  # only text goes to a file
         except KeyboardInterrupt:
             print(file=sys.stderr)
         except EOFError:
@@ -351,11 +332,8 @@ def ask():
 
 def plain(error):
     """What an error says, in one line without control characters."""
-    says = {UnicodeError: "this is not UTF-8", TypeError: "this is not text", KeyError: f"the vocabulary lacks {error}"}
-    for kind in says:
-        if isinstance(error, kind):
-            return says[kind]
-    return " ".join("".join(c if c.isprintable() else " " for c in str(error)).split()) or repr(error)
+    text = "this is not UTF-8" if isinstance(error, UnicodeError) else str(error) or repr(error)
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def show(answers, prompts):
@@ -385,7 +363,7 @@ def show_json(answers):
     from tqdm import tqdm
 
     n_failed = 0
-    for prompt, text in tqdm(answers, unit=" prompts", disable=is_terminal(sys.stdout) or None):
+    for prompt, text in tqdm(answers, unit=" prompts", disable=os.isatty(1) or None):
         failed = isinstance(text, ValueError)
         answer = {"error": plain(text)} if failed else {"text": "".join(text)}
         prompt = prompt.encode(errors="surrogateescape").decode(errors="replace")
@@ -408,9 +386,8 @@ def parse(function):
     if not {"-h", "--help"}.isdisjoint(flags):
         print(helptext.HelpText(function, at_start), flush=True)
         sys.exit()
-    # NUL, which nobody can type, marks what fire would not take for an argument: "-", and all that follows "--".
-    arguments = ["\0-" if flag == "-" else flag for flag in flags]
-    arguments += [f"\0{argument}" for argument in sys.argv[len(flags) + 2 :]]
+    # NUL, which nobody can type, marks what follows "--" as no flag; two replace "-", at which fire would stop.
+    arguments = [*flags, *(f"\0{argument}" for argument in sys.argv[len(flags) + 2 :]), "--", "--separator=\0\0"]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # fire would not list the flags that there are
             Fire(stand_in, arguments)
@@ -442,11 +419,9 @@ def run(function):
         sys.stdout.flush()
         gc.freeze()  # Python need not look for garbage when it ends: 40 ms
     except KeyboardInterrupt:
-        if not is_process:
-            raise
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)  # end by the signal, so that a shell loop around it ends, too
-        sys.exit(130)  # the first process of a container does not end by it
+        if is_process:  # Python ends by the signal, so that a shell loop around it ends, too; here it says nothing
+            sys.excepthook = lambda *error: None
+        raise
     except (ImportError, KeyError, MemoryError, OSError, ValueError) as error:
         try:
             sys.stdout.flush()

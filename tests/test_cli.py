@@ -158,7 +158,7 @@ def test_a_stdout_without_isatty(tmp_path, monkeypatch):
     """Such as an editor puts in its place: a file's texts, and the text of what is asked for."""
     (tmp_path / "prompts").write_text("Once\n")
     monkeypatch.setattr(sys, "stdin", io.StringIO("Once\n"))
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(os, "isatty", lambda number: number == 0)
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=(shown := []).append, flush=lambda: None))
     for prompts_file in tmp_path / "prompts", None:
         gpt2.cli(prompts_file=prompts_file, n_tokens_to_generate=3, model_size="2M")
