@@ -60,7 +60,7 @@ class Encoder:
 
         Start with single characters. Of all neighbours that may be joined, join the pair that was learned first (the
         leftmost, if it is there more than once). Repeat until no two neighbours may be joined. To search the whole word
-        for that pair after every join takes n * n steps; with a heap (first a sorted list) it takes n log n.
+        for that pair after every join takes n * n steps; with a heap (a sorted list is one) it takes n log n.
         """
         pieces = [*token, ""]  # l o w and an empty piece, which marks the end and is in no merge
         after = [*range(1, len(pieces)), 0]  # 1 2 3 0, a ring: the right neighbour of pieces[i] is pieces[after[i]]

@@ -5,21 +5,19 @@ import os
 import sys
 
 if __name__ == "__main__":
-    from utils import run  # before NumPy: if that is missing, utils says so in one line
+    from utils import run  # before NumPy, because utils reports a missing NumPy in one line
 
 import numpy as np
 
 # ---- The model ------------------------------------------------------------------------------------------------------
 # A token is a piece of text, about four letters; its id is its number in the vocabulary. From ids to the next token:
-#   1. Each id becomes its embedding, n_embd numbers for what the token is. n_embd numbers for its position are added;
-#      these and the mask tell the order of the tokens. The sums are the rows of x, one per token.
+#   1. Each id becomes its embedding, n_embd numbers for what the token is, plus n_embd for its position: a row of x.
 #   2. x passes through n_layer blocks. In each, attention lets a token fetch from itself and those before it, then a
 #      feed-forward network works on each token alone. Both add what they find to x.
 #   3. After a last layer_norm each row is compared with all embeddings. This gives the logits: a score for each token
 #      of the vocabulary, higher if it is more likely to come next. softmax turns scores into probabilities.
 # The weights (w, b, g, wte, wpe) were learned by predicting the next token all through 40 GB of text. That is why no
 # position may look ahead: it would copy the answer. Comments at line ends give shapes ("...": any leading axes).
-# OpenAI's 124M: n_vocab 50257, n_ctx 1024 (the context length), n_layer 12, n_embd 768, n_head 12, d_head 64.
 
 
 def gelu(x):
@@ -49,7 +47,7 @@ def linear(x, w, b):
 
 def ffn(x, c_fc, c_proj):
     """The feed-forward network: a linear map c_fc (fully connected), a bend, and c_proj, a projection to n_embd."""
-    # Without the bend the two maps could be multiplied out to one. The c_ is for convolution, OpenAI's name for a map.
+    # Without the bend the two would collapse into one. c_ is short for convolution, OpenAI's name for a map {w, b}.
     return linear(gelu(linear(x, **c_fc)), **c_proj)  # [..., n_embd] -> [..., 4 * n_embd] -> [..., n_embd]
 
 
@@ -69,7 +67,7 @@ def mha(x, c_attn, c_proj, n_head, positions=None, cache=None):
     """Multi-head attention: n_head times attention, each head on its own slice of d_head numbers of q, k and v."""
     # One head takes one blend of values; several let a token fetch different things from different places at once.
     if positions is None:
-        positions = np.arange(x.shape[-2])  # [n_seq]
+        positions = np.arange(x.shape[-2])  # [n_seq]; those that come with a cache are [n_batch, n_seq]
     # Make the queries, keys and values of all heads. The first n_embd columns of c_attn (for attention) make queries,
     # the next keys, the last values; within each, head 0 has the first d_head columns, head 1 the next, and so on.
     qkv = linear(x, **c_attn)  # [..., n_seq, n_embd] -> [..., n_seq, 3 * n_embd]
@@ -89,7 +87,7 @@ def mha(x, c_attn, c_proj, n_head, positions=None, cache=None):
 def transformer_block(x, mlp, attn, ln_1, ln_2, n_head, positions=None, cache=None):
     """Attention moves information between tokens, then ffn (mlp: multilayer perceptron) works on each of them."""
     # Both add to x, so nothing found before is lost, and a block need only learn what to add. They read a normalised
-    # copy, since x grows and weights fit numbers of one size; normalising x itself would shrink what was found before.
+    # copy, since x grows and weights suit numbers of one size; normalising x itself would shrink what was found before.
     x = x + mha(layer_norm(x, **ln_1), **attn, n_head=n_head, positions=positions, cache=cache)
     return x + ffn(layer_norm(x, **ln_2), **mlp)  # [..., n_seq, n_embd]
 
@@ -99,11 +97,13 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
 
     wte, wpe: word token and word position embeddings. ln_f: final layer_norm. blocks[3]["mlp"]["c_fc"]: {"w", "b"}.
     With a cache (below), positions may begin anywhere, and only the last token gets logits: [n_batch, n_vocab].
+    OpenAI's 124M: n_vocab 50257, n_ctx 1024 (the context length), n_layer 12, n_embd 768, n_head 12, d_head 64.
     """
     inputs = np.asarray(inputs)
     if positions is None:
         positions = np.arange(inputs.shape[-1])  # [n_seq]
     # The two may be added: training makes them point in different directions, so that blocks can tell them apart.
+    # wpe tells where a token stands: with two of its rows swapped, the two words there would seem to change places.
     x = wte[inputs] + wpe[positions]  # [..., n_seq, n_embd]
     layer_caches = [None] * len(blocks) if cache is None else cache
     for block, layer_cache in zip(blocks, layer_caches):
@@ -122,17 +122,17 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
 #         ids = [*ids, int(logits[-1].argmax())]
 # But no position sees those after it, so its keys and values stay the same as the text grows. The KV cache keeps them
 # (but no queries, because each is used once, in its own step). After n tokens, one more costs the 124M model
-#   without a cache: 124 million multiplications for each of the n tokens, and for attention more: this grows with n
+#   without a cache: 124 million multiplications for each of the n tokens, and those of attention: all grows with n
 #   with a cache: each of the 124 million weights is read and used once, however long the text; and the cache is read:
 #     12 layers * 2 * 768 = 18,432 numbers (73,728 bytes) for each of the n tokens, which is all that grows with n
 
 
 def extend(cache, positions, k, v):
-    """Write the k and v of new tokens, at their positions, into a layer's cache. Returns all keys and values so far."""
+    """Write new keys and values at their positions into a layer's cache. Returns all, up to the longest text's last."""
     rows = np.arange(len(k))[:, None]  # [n_batch, 1], goes with positions [n_batch, n_seq]
-    for kept, new in zip(cache, (k, v)):  # swapaxes gives a view, so this writes into the cache
+    for kept, new in zip(cache, (k, v)):  # kept: [n_batch, n_head, n_positions, d_head]; swapaxes gives a view of it
         kept.swapaxes(1, 2)[rows, positions] = new.swapaxes(1, 2)  # [n_batch, n_seq, n_head, d_head]
-    return cache[:, :, :, : positions.max() + 1]  # up to the longest text: [2, n_batch, n_head, n_key, d_head]
+    return cache[:, :, :, : positions.max() + 1]  # [2, n_batch, n_head, n_key, d_head]; the mask hides what is still 0
 
 
 # ---- Sampling and generation ----------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def sample_probs(logits, temperature=None, top_k=None, top_p=None):
     """
     temperature = 1 if temperature is None else max(temperature, 1e-300)  # at 0 the highest logit gets everything
     logits = np.asarray(logits, np.float64)
-    logits = (logits - logits.max(-1, keepdims=True)) / temperature  # the highest is 0, so nothing overflows
+    logits = (logits - logits.max(-1, keepdims=True)) / temperature  # exp(l / T) is exp(l) ** (1 / T)
     if top_k and top_k < logits.shape[-1]:
         kth_highest = np.partition(logits, -top_k)[..., [-top_k]]  # [..., 1]
         logits = np.where(logits < kth_highest, -np.inf, logits)
@@ -193,9 +193,9 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, rngs=(), stop_
         if rngs:
             probs = sample_probs(logits, **sampling)
             noise = np.array([rng.standard_exponential(n_vocab) for rng in rngs])
-            new = (probs / noise).argmax(-1)  # takes id i with probability probs[i] (the Gumbel-max trick)
+            new = (probs / noise).argmax(-1)  # is id i with probability probs[i]; the proof: "Gumbel-max trick"
         yield new
-        ended |= new == stop_id
+        ended |= new == stop_id  # none has, if that is None
         if ended.all():  # those that have ended run on until all have; ignore their ids
             return
         ids, positions = new[:, None], positions[:, -1:] + 1  # both [n_batch, 1]
@@ -217,7 +217,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, temperature=None, top
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 def complete(prompts, loaded, n_tokens_to_generate, batch_size=1, seed=None, **sampling):
-    """Yield (prompt, its text as an iterator of pieces, or a ValueError) for each prompt, batch by batch."""
+    """Yield each prompt with its text, an iterator of pieces (or with a ValueError in its place), batch by batch."""
     from utils import check_ids, plain
 
     (encoder, hparams, params), numbered = loaded, enumerate(prompts)
@@ -233,9 +233,9 @@ def complete(prompts, loaded, n_tokens_to_generate, batch_size=1, seed=None, **s
         steps = generate_steps([*ids.values()], params, n_head, n_tokens_to_generate, rngs, end, **sampling)
         if len(ids) == 1:
             rows = [(id for [id] in steps)]  # each id as soon as it is there
-        elif ids:
+        elif ids:  # else no prompt of the batch has a text, and steps is never started
             rows = np.reshape([*steps], (-1, len(ids))).T.tolist()  # [n_batch, n_steps]
-        for number, row in zip(ids, rows):
+        for number, row in zip(ids, rows):  # a text ends before its first <|endoftext|>
             texts[number] = encoder.decode_steps(itertools.takewhile(lambda id: id != end, row))
         for number, prompt in batch:
             yield prompt, texts[number]
@@ -300,7 +300,7 @@ def cli(
     sampling = check_options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     prompts = read_prompts(prompts, prompt, prompts_file)  # None: they are asked for
     options["batch_size"] = options["batch_size"] if prompts else 1  # what is asked for is answered before the next
-    if seed is None and generators([0], **sampling) and os.isatty(2):
+    if seed is None and generators([0], **sampling) and os.isatty(2):  # sampling, and shown on a terminal
         sampling["seed"] = int(np.random.default_rng().integers(2**32))
         print(f"--seed {sampling['seed']}", file=sys.stderr)  # with it the same texts come again
     loaded = load_encoder_hparams_and_params(model_size, models_dir)

@@ -101,7 +101,7 @@ def fetch(url, part, size, n_bytes):
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:  # seconds to connect, to read
         status, headers = response.status_code, response.headers
         match = re.fullmatch(rf"bytes {size}-\d+/(\d+)", headers.get("Content-Range", ""))
-        if status == 200:  # it begins at the start, and may not say how long it is (0)
+        if status == 200:  # it begins at byte 0, and perhaps does not tell its length (then total is 0)
             skip, total = size, 0 if "Content-Encoding" in headers else int(headers.get("Content-Length", 0))
         elif status == 206 and match:
             skip, total = 0, int(match[1])
@@ -127,7 +127,7 @@ def fetch(url, part, size, n_bytes):
 
 
 def is_right(path, name, model_size):
-    """Whether a file is the one that OpenAI released, as far as we know its numbers or its SHA-256."""
+    """Whether a file is the one that OpenAI released, by its numbers, its SHA-256 or its end; yes if none is known."""
     if name == "hparams.json":
         return json.loads(path.read_bytes()) == RELEASED[model_size]
     known = SHA256.get(name) or SHA256.get(f"{model_size}/{name}")
@@ -199,7 +199,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     data, index = Path(tf_ckpt_path + SUFFIX), Path(tf_ckpt_path + ".index")
     with reading(f"{index} or {data}"):
         can_be_mapped = is_plain(index.read_bytes(), shapes, data.stat().st_size)
-        if can_be_mapped:  # and not read: that takes no time and no second copy in memory
+        if can_be_mapped:  # mapping takes no time and no second copy in memory
             ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
             tensors = np.split(np.memmap(data, "<f4", "r").view(np.ndarray), ends[:-1])
     if not can_be_mapped:
@@ -249,7 +249,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
         n_tokens, n_vocab = len(encoder.decoder), hparams["n_vocab"]
         if not max(encoder.decoder) < n_tokens <= n_vocab < n_tokens + 128 or "<|endoftext|>" not in encoder.encoder:
             raise ValueError(f"{n_tokens} tokens (with <|endoftext|>?), but n_vocab is {n_vocab} in hparams.json")
-    params["wte"] = params["wte"][:n_tokens]  # n_vocab may be padded, and what is no token must not be drawn
+    params["wte"] = params["wte"][:n_tokens]  # n_vocab may be padded (to a multiple of 128), no token is drawn there
     return encoder, hparams, params
 
 
@@ -290,7 +290,7 @@ def read_prompts(prompts, prompt, prompts_file):
     """The prompts of a command; None if they are to be asked for. Raises ValueError or OSError."""
     prompts = [*prompts] if prompt is None else [*prompts, prompt]
     with contextlib.suppress(UnicodeError):
-        prompts = [os.fsencode(text).decode("utf-8") for text in prompts]  # for the C locale arguments are ASCII
+        prompts = [os.fsencode(text).decode("utf-8") for text in prompts]  # in the C locale Python took them for ASCII
     if prompts and prompts_file is not None:
         raise ValueError("give prompts or --prompts_file, not both")
     if prompts or (prompts_file is None and os.isatty(0)):
@@ -386,7 +386,7 @@ def parse(function):
     if not {"-h", "--help"}.isdisjoint(flags):
         print(helptext.HelpText(function, at_start), flush=True)
         sys.exit()
-    # NUL, which nobody can type, marks what follows "--" as no flag; two replace "-", at which fire would stop.
+    # What follows "--" is no flag: a NUL, which nobody can type, before it says so. Two end arguments, not fire's "-".
     arguments = [*flags, *(f"\0{argument}" for argument in sys.argv[len(flags) + 2 :]), "--", "--separator=\0\0"]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # fire would not list the flags that there are

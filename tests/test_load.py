@@ -24,16 +24,14 @@ load = utils.load_encoder_hparams_and_params
 
 
 def add_model(folder, hparams, vocabulary=ROOT / "models/2M"):
-    """A model as OpenAI laid it out, with random weights; those of a large one are 0 and take no room on the disk."""
+    """A model as OpenAI laid it out, with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("encoder.json", "vocab.bpe"):
         shutil.copy(vocabulary / name, folder)
     (folder / "hparams.json").write_text(json.dumps(hparams))
     (folder / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\n')
     (folder / INDEX).write_bytes(index_of(hparams))
-    tensors = random_tensors(hparams) if utils.data_size(hparams) < 10**7 else {}
-    (folder / DATA).write_bytes(b"".join(tensors[name].tobytes() for name in sorted(tensors)))
-    os.truncate(folder / DATA, utils.data_size(hparams))
+    (folder / DATA).write_bytes(b"".join(tensor.tobytes() for _, tensor in sorted(random_tensors(hparams).items())))
 
 
 def change(path, pattern, new):
@@ -62,9 +60,12 @@ SIZES = {"124M": 497_759_232, "355M": 1_419_292_672, "774M": 3_096_120_320, "155
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_released_model_is_mapped_if_it_has_the_numbers_of_its_name(tmp_path, monkeypatch, vocabulary, size):
+    """Its weights are all 0 here, and take no room on the disk."""
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    add_model(tmp_path / size, utils.RELEASED[size], vocabulary)
-    assert (tmp_path / size / DATA).stat().st_size == SIZES[size]
+    add_model(tmp_path / size, ODD, vocabulary)
+    (tmp_path / size / "hparams.json").write_text(json.dumps(utils.RELEASED[size]))
+    (tmp_path / size / INDEX).write_bytes(index_of(utils.RELEASED[size]))
+    os.truncate(tmp_path / size / DATA, SIZES[size])
     assert len(load(size, tmp_path)[2]["blocks"]) == utils.RELEASED[size]["n_layer"]
     change(tmp_path / size / "hparams.json", rb'"n_head": \d+', b'"n_head": 4')
     with pytest.raises(ValueError, match=r"hparams\.json"):
@@ -91,12 +92,9 @@ def test_what_is_not_plainly_the_model_is_read_through_tensorflow_each_time(tmp_
         assert re.fullmatch("[^\n]*tensorflow[^\n]*\n", capsys.readouterr().err, re.IGNORECASE)  # why, and what to do
 
 
-@pytest.mark.parametrize(
-    "code", ["import tensorflow_", "", "raise TypeError('why')"], ids="missing empty broken".split()
-)
-def test_a_tensorflow_that_is_needed_and_does_not_work_is_named(models, tmp_path, code):
+def test_a_tensorflow_that_is_needed_and_does_not_work_is_named(models, tmp_path):
     os.truncate(models / "2M" / DATA, 999)
-    (tmp_path / "tensorflow.py").write_text(code)
+    (tmp_path / "tensorflow.py").write_text("raise TypeError('broken')")
     result = run("Once", "--model_size=2M", f"--models_dir={models}", env={"PYTHONPATH": str(tmp_path)})
     last = result.stderr.splitlines()[-1]
     assert result.returncode == 1 and re.search("^error: .*tensorflow.*pip install", last) and "Trace" not in last
@@ -114,7 +112,6 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, request, other):
 
 DAMAGE = {  # (file of 2M, what is in it, what is put in its place)
     **{f"{name} is empty": (name, rb"\A.*", b"") for name in ("encoder.json", "hparams.json", INDEX, DATA)},
-    **{f"{name} is a page": (name, rb"\A.*", b"<html>") for name in ("encoder.json", "hparams.json", INDEX, DATA)},
     "half an index": (INDEX, rb"\A(.{1300}).*", rb"\1"),
     "an index without its last place": (INDEX, rb"\x28\x80\x80\x48", b""),
     "an index in another order": (INDEX, rb"\A(.{1300})(.*)", rb"\2\1"),
@@ -136,15 +133,16 @@ def test_a_damaged_or_missing_file_is_named(models, monkeypatch, case):
     name, pattern, new = DAMAGE[case]
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     change(models / "2M" / name, pattern, new)
-    for _ in range(2):
-        with pytest.raises((ValueError, OSError), match=rf"{name}|model\.ckpt|\.index"):
-            load("2M", models)
-        (models / "2M" / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=rf"{name}|model\.ckpt"):
+        load("2M", models)
+    (models / "2M" / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name}|model\.ckpt|\.index"):
+        load("2M", models)
 
 
 def test_a_data_file_that_cannot_be_mapped_is_named(monkeypatch):
     monkeypatch.setattr(mmap, "mmap", Mock(side_effect=OSError(19, "No such device")))
-    with pytest.raises((ValueError, OSError), match=f"{DATA}.*No such device"):
+    with pytest.raises(ValueError, match=f"{DATA}.*No such device"):
         load("2M")
 
 
@@ -189,13 +187,9 @@ def test_the_checkpoint_says_which_files(models, case):
 
 CHANGES = {  # what may be done to a model's folder
     "renamed": lambda folder: folder.rename(folder.with_name("own [v2] é")),
-    "read-only": lambda folder: [path.chmod(0o444) for path in folder.iterdir()],
-    "with line ends of Windows": lambda folder: [
-        change(folder / n, b"\n", b"\r\n") for n in ("vocab.bpe", "checkpoint")
-    ],
+    "with line ends of Windows": lambda folder: change(folder / "vocab.bpe", b"\n", b"\r\n"),
     "without the last line end": lambda folder: change(folder / "vocab.bpe", rb"\n\Z", b""),
     "without checkpoint": lambda folder: (folder / "checkpoint").unlink(),
-    "with a note of an older version": lambda folder: (folder / "model.ckpt.checked.json").write_text('{"sha256": 1}'),
 }
 
 
@@ -220,9 +214,8 @@ def test_home_is_where_it_always_is(models, model, monkeypatch):
 MISTAKES = {  # (model_size, models_dir, what is said)
     "a model's own folder": ("2M", "models/2M", "--models_dir .*models --model_size 2M"),
     "a model's own folder, and the default": ("124M", "models/2M", "--models_dir .*models --model_size 2M"),
-    "a path for a name": ("models/2M", "models", "--models_dir .*models --model_size 2M"),
+    "a path for a name": ("models/2M", "models", "models_dir.* 2M"),
     "a name that is nowhere": ("3M", "models", "3M(?=.* 2M)(?=.* 124M)(?=.* 1558M)"),
-    "no folder": ("2M", "nowhere", "nowhere"),
 }
 
 
@@ -235,13 +228,10 @@ def test_a_wrong_place_gets_a_hint_and_no_download(models, monkeypatch, case):
         load(size, models_dir)
 
 
-@pytest.mark.parametrize(
-    "start", [gpt2.main, gpt2.cli, gpt2_pico.main, lambda _: load()], ids="main cli pico load".split()
-)
-def test_the_default_is_124m_beside_the_code(monkeypatch, tmp_path, start):
+def test_the_default_is_124m_beside_the_code(monkeypatch, tmp_path):
     monkeypatch.setattr(utils, "download_gpt2_files", Mock(side_effect=OSError("no network")))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OSError, match="no network"):
-        start("Once")
-    [(size, folder)] = [call.args for call in utils.download_gpt2_files.call_args_list]
-    assert (size, os.path.abspath(folder)) == ("124M", str(ROOT / "models/124M"))
+    for function in gpt2.main, gpt2.cli, gpt2_pico.main, load:
+        with pytest.raises(OSError, match="no network"):
+            function(*[] if function is load else ["Once"])
+        utils.download_gpt2_files.assert_called_with("124M", ROOT / "models/124M")
