@@ -25,7 +25,7 @@ WORDS = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]
 def bytes_to_unicode():
     """The character that stands for each of the 256 bytes: {byte: character}.
 
-    In vocab.bpe a line is a merge, two pieces with a space between, so a piece can have no space or line end itself. A
+    In vocab.bpe a line is a merge, two pieces with a space between, so no piece may contain a space or a line end. A
     byte that can be printed stands for itself (in Latin-1), the other 68 get characters from 256 on: "Ġ" is the space.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

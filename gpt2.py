@@ -21,7 +21,7 @@ import numpy as np
 
 
 def gelu(x):
-    """max(x, 0) with a soft bend (Hendrycks & Gimpel, 2016), in the tanh form that GPT-2 was trained with."""
+    """max(x, 0) with a soft bend (Hendrycks & Gimpel, 2016), by their formula with tanh, as in GPT-2's training."""
     return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * (x * x * x))))  # x**3 would be far slower
 
 
@@ -46,7 +46,7 @@ def linear(x, w, b):
 
 
 def ffn(x, c_fc, c_proj):
-    """The feed-forward network: a linear map c_fc (fully connected), a bend, and c_proj, a projection to n_embd."""
+    """The feed-forward network: a linear map c_fc (fully connected) to 4 times n_embd, a bend, a map c_proj back."""
     # Without the bend the two would collapse into one. c_ is short for convolution, OpenAI's name for a map {w, b}.
     return linear(gelu(linear(x, **c_fc)), **c_proj)  # [..., n_embd] -> [..., 4 * n_embd] -> [..., n_embd]
 
@@ -55,7 +55,7 @@ def attention(q, k, v, mask):
     """Let each position take values from others ("Attention Is All You Need", Vaswani et al., 2017, section 3.2.1).
 
     Each has a query q (what it looks for), a key k (what it can be found by) and a value v (what it tells). The better
-    a query matches a key, the more of that key's value it takes. The mask is 0 where it may look, and -inf where not.
+    a query matches a key, the more of that key's value it takes. The mask is 0 where it may look and -inf where not.
     """
     # Dot products grow with sqrt(d_head); divide by it, or the softmax gives nearly all the weight to one key.
     scores = (q / q.shape[-1] ** 0.5) @ k.swapaxes(-1, -2)  # [..., n_query, d_head] -> [..., n_query, n_key]
@@ -103,7 +103,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     if positions is None:
         positions = np.arange(inputs.shape[-1])  # [n_seq]
     # The two may be added: training makes them point in different directions, so that blocks can tell them apart.
-    # wpe tells where a token stands: with two of its rows swapped, the two words there would seem to change places.
+    # wpe tells where a token stands. Swap two of its rows, and the text goes on as if two words had changed places.
     x = wte[inputs] + wpe[positions]  # [..., n_seq, n_embd]
     layer_caches = [None] * len(blocks) if cache is None else cache
     for block, layer_cache in zip(blocks, layer_caches):
@@ -128,7 +128,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
 
 
 def extend(cache, positions, k, v):
-    """Write new keys and values at their positions into a layer's cache. Returns all, up to the longest text's last."""
+    """Write new keys and values at their positions into a layer's cache. Returns all, up to the longest text's end."""
     rows = np.arange(len(k))[:, None]  # [n_batch, 1], goes with positions [n_batch, n_seq]
     for kept, new in zip(cache, (k, v)):  # kept: [n_batch, n_head, n_positions, d_head]; swapaxes gives a view of it
         kept.swapaxes(1, 2)[rows, positions] = new.swapaxes(1, 2)  # [n_batch, n_seq, n_head, d_head]
@@ -193,7 +193,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, rngs=(), stop_
         if rngs:
             probs = sample_probs(logits, **sampling)
             noise = np.array([rng.standard_exponential(n_vocab) for rng in rngs])
-            new = (probs / noise).argmax(-1)  # is id i with probability probs[i]; the proof: "Gumbel-max trick"
+            new = (probs / noise).argmax(-1)  # this is id i with probability probs[i]: the Gumbel-max trick
         yield new
         ended |= new == stop_id  # none has, if that is None
         if ended.all():  # those that have ended run on until all have; ignore their ids
@@ -203,7 +203,7 @@ def generate_steps(prompts, params, n_head, n_tokens_to_generate, rngs=(), stop_
 
 def generate(inputs, params, n_head, n_tokens_to_generate, temperature=None, top_k=None, top_p=None, seed=None):
     """The ids that follow a prompt's ids: a list; for a list of prompts a list of lists. Raises ValueError."""
-    from utils import check_ids, check_options
+    from utils import check_ids, check_options  # not at the top: the model itself needs NumPy alone
 
     [n_new] = check_options(n_tokens_to_generate=n_tokens_to_generate).values()
     sampling, inputs = check_options(temperature=temperature, top_k=top_k, top_p=top_p), [*inputs]
@@ -217,7 +217,7 @@ def generate(inputs, params, n_head, n_tokens_to_generate, temperature=None, top
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 def complete(prompts, loaded, n_tokens_to_generate, batch_size=1, seed=None, **sampling):
-    """Yield each prompt with its text, an iterator of pieces (or with a ValueError in its place), batch by batch."""
+    """Yield each prompt and its text (an iterator of pieces, or a ValueError in its place), batch by batch."""
     from utils import check_ids, plain
 
     (encoder, hparams, params), numbered = loaded, enumerate(prompts)
@@ -258,7 +258,7 @@ def main(prompt, n_tokens_to_generate=40, model_size="124M", models_dir=None, ba
 
 
 def cli(
-    *prompts: str,
+    *prompts: str,  # fire shows these types in the help
     prompt: str = None,
     prompts_file: str = None,
     n_tokens_to_generate=40,
@@ -299,7 +299,7 @@ def cli(
     options = check_options(n_tokens_to_generate=n_tokens_to_generate, batch_size=batch_size)
     sampling = check_options(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     prompts = read_prompts(prompts, prompt, prompts_file)  # None: they are asked for
-    options["batch_size"] = options["batch_size"] if prompts else 1  # what is asked for is answered before the next
+    options["batch_size"] = options["batch_size"] if prompts else 1  # one is answered before the next is typed
     if seed is None and generators([0], **sampling) and os.isatty(2):  # sampling, and shown on a terminal
         sampling["seed"] = int(np.random.default_rng().integers(2**32))
         print(f"--seed {sampling['seed']}", file=sys.stderr)  # with it the same texts come again

@@ -29,7 +29,7 @@ RELEASED = {
     size: {"n_vocab": 50257, "n_ctx": 1024, "n_embd": n_embd, "n_head": n_embd // 64, "n_layer": n_layer}
     for size, n_embd, n_layer in [("124M", 768, 12), ("355M", 1024, 24), ("774M", 1280, 36), ("1558M", 1600, 48)]
 }
-SHA256 = {  # without a size: of all four models
+SHA256 = {  # as far as they are public; those without a size are for all four models
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
@@ -161,7 +161,7 @@ def tensor_shapes(hparams):
 
 
 def is_plain(index, shapes, n_bytes):
-    """Whether a data file of n_bytes is, by its index, all float32 tensors of these shapes and nothing else."""
+    """Whether a data file of n_bytes is just these tensors as float32, by the places and sizes that its index tells."""
 
     def varint(number):  # as protobuf writes it: seven bits a byte, the lowest first; 128 is added if more bytes follow
         return bytes([number]) if number < 128 else bytes([number % 128 + 128]) + varint(number // 128)
@@ -179,7 +179,7 @@ def is_plain(index, shapes, n_bytes):
 
 
 def read_through_tensorflow(tf_ckpt_path, shapes):
-    """The tensors of a checkpoint that has more in it than the model, or has it in another form."""
+    """The tensors of a checkpoint that holds more than the model, or holds it in another form."""
     print(f"TensorFlow reads {tf_ckpt_path}: it is not float32 variables alone (save only these)", file=sys.stderr)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with reading(f"{tf_ckpt_path}.index or {SUFFIX} through TensorFlow (pip install -r requirements.txt)"):
@@ -188,7 +188,7 @@ def read_through_tensorflow(tf_ckpt_path, shapes):
         reader = train.load_checkpoint(tf_ckpt_path)
         found = reader.get_variable_to_shape_map()
         for name, shape in shapes.items():
-            if found.get(name) not in ([*shape], [1, *shape]):  # the file may have an extra axis
+            if found.get(name) not in ([*shape], [1, *shape]):  # OpenAI's w is [1, n_in, n_out]
                 raise ValueError(f"{name} is {found.get(name, 'missing')}, by hparams.json it is {[*shape]}")
         return [reader.get_tensor(name).astype(np.float32) for name in shapes]
 
@@ -199,7 +199,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     data, index = Path(tf_ckpt_path + SUFFIX), Path(tf_ckpt_path + ".index")
     with reading(f"{index} or {data}"):
         can_be_mapped = is_plain(index.read_bytes(), shapes, data.stat().st_size)
-        if can_be_mapped:  # mapping takes no time and no second copy in memory
+        if can_be_mapped:  # it takes no time and no second copy; the numbers were verified when they were fetched
             ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
             tensors = np.split(np.memmap(data, "<f4", "r").view(np.ndarray), ends[:-1])
     if not can_be_mapped:
@@ -211,7 +211,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
         for key in keys:
             inner = params["blocks"][int(key[1:])] if key[0] == "h" else inner.setdefault(key, {})
         inner[last] = tensor.reshape(shape)
-    np.empty(8_000_000, np.float32)  # once 32 MB were freed, glibc keeps such blocks for us: prompts are read faster
+    np.empty(8_000_000, np.float32)  # freed at once: from then on glibc reuses blocks of up to 32 MB, which is faster
     return params
 
 
@@ -249,7 +249,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
         n_tokens, n_vocab = len(encoder.decoder), hparams["n_vocab"]
         if not max(encoder.decoder) < n_tokens <= n_vocab < n_tokens + 128 or "<|endoftext|>" not in encoder.encoder:
             raise ValueError(f"{n_tokens} tokens (with <|endoftext|>?), but n_vocab is {n_vocab} in hparams.json")
-    params["wte"] = params["wte"][:n_tokens]  # n_vocab may be padded (to a multiple of 128), no token is drawn there
+    params["wte"] = params["wte"][:n_tokens]  # n_vocab may be padded to a multiple of 128, which must not be drawn
     return encoder, hparams, params
 
 
@@ -386,7 +386,7 @@ def parse(function):
     if not {"-h", "--help"}.isdisjoint(flags):
         print(helptext.HelpText(function, at_start), flush=True)
         sys.exit()
-    # What follows "--" is no flag: a NUL, which nobody can type, before it says so. Two end arguments, not fire's "-".
+    # NUL, which nobody can type, hides the dashes of what follows "--" from fire. Two replace "-" as its separator.
     arguments = [*flags, *(f"\0{argument}" for argument in sys.argv[len(flags) + 2 :]), "--", "--separator=\0\0"]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # fire would not list the flags that there are
@@ -419,7 +419,7 @@ def run(function):
         sys.stdout.flush()
         gc.freeze()  # Python need not look for garbage when it ends: 40 ms
     except KeyboardInterrupt:
-        if is_process:  # Python ends by the signal, so that a shell loop around it ends, too; here it says nothing
+        if is_process:  # without a traceback Python ends by the signal, and so does a shell loop around it
             sys.excepthook = lambda *error: None
         raise
     except (ImportError, KeyError, MemoryError, OSError, ValueError) as error:
