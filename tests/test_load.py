@@ -124,7 +124,6 @@ DAMAGE = {  # (file of 2M, what is in it, what is put in its place)
     "no end of text": ("encoder.json", b"endoftext", b"end"),
     "an id that is missing": ("encoder.json", rb', "[^"]+": 2046', b""),
     "an id twice": ("encoder.json", b"2046", b"2045"),
-    "an id that is text": ("encoder.json", b"2046", b'"2046"'),
 }
 
 
@@ -206,8 +205,6 @@ def test_home_is_where_it_always_is(models, model, monkeypatch):
     for name in ("HOME", "USERPROFILE"):  # the second one is for Windows
         monkeypatch.setenv(name, str(models))
     assert encoder.get_encoder("2M", "~").encoder == model[0].encoder and load("2M", "~")[1] == model[1]
-    for name in utils.FILES[:4]:
-        (models / "2M" / name).unlink()  # the weights alone need no other file
     np.testing.assert_equal(utils.load_gpt2_params_from_tf_ckpt("~/2M/model.ckpt", model[1]), model[2])
 
 
