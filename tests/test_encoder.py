@@ -1,6 +1,5 @@
 """The tokenizer: held to tiktoken on the released and the bundled vocabulary, its merges to the plain definition."""
 
-import pathlib
 import pickle
 import random
 import tracemalloc
@@ -38,7 +37,7 @@ def check(request):
     tiktoken, public = pytest.importorskip("tiktoken"), pytest.importorskip("tiktoken_ext.openai_public")
     folder = request.getfixturevalue("vocabulary") if request.param == "released" else ROOT / "models/2M"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tiktoken.load.read_file_cached", lambda path, *_: pathlib.Path(path).read_bytes())
+        patch.setenv("TIKTOKEN_CACHE_DIR", "")  # without this it would keep a copy and read that the next time
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
     judge = tiktoken.Encoding("judge", pat_str=public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
     encoder = get_encoder(folder.name, folder.parent)
@@ -77,15 +76,16 @@ def test_invalid():
 
 
 @settings(deadline=None, max_examples=500)
-@given(dice=st.randoms(), word=st.text("abcd", max_size=40))
-def test_bpe_is_the_naive_method(dice, word):
+@given(dice=st.randoms())
+def test_bpe_is_the_naive_method(dice):
     """As long as some merge applies, take the first and join its pair everywhere, left to right."""
     known, merges = list("abc"), []
-    for _ in range(dice.randint(0, 12)):  # a merge joins letters, or what the merges before it make
+    for _ in range(dice.randint(0, 20)):  # a merge joins letters, or what the merges before it make
         merge = dice.choice(known), dice.choice(known)
         if "".join(merge) not in known:
             merges.append(merge)
             known.append("".join(merge))
+    word = "".join(dice.choices(known, k=8))
     pieces = list(word)
     while applying := [merge for merge in merges if merge in zip(pieces, pieces[1:])]:
         i = 0
