@@ -20,7 +20,7 @@ TEXTS = {
     "right to left": "שלום עולם، مرحبا بالعالم \u202eabc\u202c",
     "combining": "e\u0301 n\u0303 क्षि ğ\u0327\u0308 Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A", "control": "\0 a\0\0b \x7f\x80\x9f",
     "unassigned": "\uffff\U0010ffff\ue000\u0378", "end of text": "<|endoftext|> a<|endoftext|>b <|endoftext|",
-    "code": "def f(x):\n    return x**2  # comment\n\n\n\tif x != {}: pass",
+    "code": "def f(x):\n    return x**2  # comment\n\n\n\tif x != {}: pass", "the last merge": " gazed",
     "all bytes": "".join(map(chr, range(256))) + "".join(bytes_to_unicode().values()),
     "a word for which n * n steps take for ever": "".join(random.Random(0).choices("abcdefghijklm", k=100_000)),
     "a megabyte of spaces": " " * 2**20, "a megabyte of emoji": "😀" * 2**18,
