@@ -1,13 +1,12 @@
 """Sampling: the probabilities held to the definition and to HF transformers, what is drawn to the probabilities."""
 
+import itertools
 import math
 import re
 
 import numpy as np
 import pytest
 from conftest import GOLDEN, nested, random_tensors
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 import gpt2
 
@@ -15,7 +14,7 @@ PROMPTS = [golden["ids"] for golden in GOLDEN]
 
 
 def plain_probs(logits, temperature, top_k, top_p):
-    """The definition, for one list of logits; the case where rounding decides what the nucleus is, is passed over."""
+    """The definition, for one list of logits."""
     scaled = [x / (1 if temperature is None else temperature or 1e-300) for x in logits]
     if top_k:
         least = sorted(scaled)[-top_k:][0]
@@ -25,36 +24,24 @@ def plain_probs(logits, temperature, top_k, top_p):
         total = 0
         for least in sorted(weights, reverse=True):
             total += least / math.fsum(weights)
-            assume(abs(total - top_p) > 1e-9)
             if total >= top_p:
                 break
         weights = [weight if weight >= least else 0 for weight in weights]
     return [weight / math.fsum(weights) for weight in weights]
 
 
-@st.composite
-def cases(draw):
-    """(logits [n], [2, n] or [2, 3, n], temperature, top_k, top_p); coarse logits, so that many are equal."""
-    shape = *draw(st.sampled_from([(), (2,), (2, 3)])), draw(st.integers(1, 30))
-    values = st.integers(-80, 80) if draw(st.booleans()) else st.integers(-2, 2)
-    n = math.prod(shape)
-    logits = np.array(draw(st.lists(values, min_size=n, max_size=n)), np.float32).reshape(shape) / 8
-    temperature = draw(st.none() | st.floats(0.05, 20) | st.sampled_from([0, 1e-300, 1, 1e9]))
-    top_k = draw(st.none() | st.integers(0, shape[-1] + 2))
-    return logits, temperature, top_k, draw(st.none() | st.floats(1e-6, 1, exclude_max=True) | st.just(1))
-
-
-@settings(deadline=None, max_examples=1000)
-@given(cases())
-def test_definition(case):
+@pytest.mark.parametrize("top_p", [None, 1e-6, 0.1003, 0.7003, 0.9903, 1])
+@pytest.mark.parametrize("temperature", [None, 0, 1e-300, 0.05, 0.7, 1, 20, 1e9])
+def test_definition(temperature, top_p):
     """Temperature, then top-k, then top-p, each with all that tie with the last one kept, on each row, to rounding."""
-    logits, *options = case
-    before = logits.copy()
-    with np.errstate(over="raise", invalid="raise", divide="raise"):
-        probs = gpt2.sample_probs(logits, *options)
-    assert probs.shape == logits.shape and np.array_equal(logits, before)
-    for row, result in zip(logits.reshape(-1, logits.shape[-1]), probs.reshape(-1, logits.shape[-1])):
-        np.testing.assert_allclose(result, plain_probs(row.tolist(), *options), rtol=1e-9)
+    rng = np.random.default_rng(0)
+    for shape, top_k in itertools.product([1, 30, (2, 9), (2, 3, 5)], [None, 0, 1, 2, 9, 20, 32]):
+        logits = rng.integers(-9, 10, shape).astype(np.float32) / 4  # coarse, so that many are equal
+        logits.flags.writeable = False  # they are the caller's
+        with np.errstate(over="raise", invalid="raise", divide="raise"):
+            probs = gpt2.sample_probs(logits, temperature, top_k, top_p)
+        expected = np.apply_along_axis(plain_probs, -1, np.float64(logits), temperature, top_k, top_p)
+        np.testing.assert_allclose(probs, expected, rtol=1e-9, err_msg=f"{shape=} {top_k=}", strict=True)
 
 
 def test_as_hf_transformers():
@@ -72,14 +59,14 @@ def test_top_p_of_exactly_what_is_needed():
 
 @pytest.fixture
 def sample(model):
-    return lambda ids, n=12, **options: gpt2.generate(ids, model[2], model[1]["n_head"], n, **options)
+    return lambda ids, n=12, **options: gpt2.generate(ids, model[2], 4, n, **options)
 
 
 def test_frequencies(sample, model):
     """10,000 draws of the token after "O" spread over the tokens as sample_probs says, and over no others."""
-    logits = gpt2.gpt2(PROMPTS[0], **model[2], n_head=model[1]["n_head"])[-1]
-    probs = gpt2.sample_probs(logits, 3, top_p=0.9)
-    drawn = [sample([PROMPTS[0]] * 1000, 1, temperature=3, top_p=0.9, seed=seed) for seed in range(10)]
+    logits = gpt2.gpt2(PROMPTS[0], **model[2], n_head=4)[-1]
+    probs = gpt2.sample_probs(logits, 0.8, top_p=0.95)
+    drawn = [sample([PROMPTS[0]] * 1000, 1, temperature=0.8, top_p=0.95, seed=seed) for seed in range(10)]
     counts, expected = np.bincount(np.ravel(drawn), minlength=len(probs)), 10_000 * probs
     assert counts.sum() == 10_000 and not counts[probs == 0].any()
     assert (np.abs(counts - expected) < 5 * np.sqrt(expected) + 2).all()
@@ -94,20 +81,18 @@ def test_large_top_k_and_large_vocabulary():
     assert 1400 < ranks.max() < 1500 and drawn.max() > 100_000
 
 
-MEANINGS = {  # options, others that mean the same; None: greedy
-    "none": ({}, None), "temperature 0": ({"temperature": 0}, None), "top_k 1": ({"top_k": 1}, None),
-    "temperature 0 with a seed": ({"temperature": 0, "seed": 3}, None), "a tiny top_p": ({"top_p": 1e-9}, None),
-    "seed": ({"seed": 3}, {"temperature": 1, "seed": 3}), "text": ({"seed": "0"}, {"temperature": "1.0", "seed": 0}),
-    "neutral": ({"seed": 0}, {"temperature": 1, "top_k": 0, "top_p": 1, "seed": 0}),
-}  # fmt: skip
+def test_options_that_mean_greedy(sample):
+    for options in {}, {"temperature": 0}, {"temperature": 0, "seed": 3}, {"top_k": 1}, {"top_p": 1e-9}:
+        assert sample(PROMPTS[2], **options) == GOLDEN[2]["greedy"][:12]
 
 
-@pytest.mark.parametrize("name", MEANINGS)
-def test_what_options_mean(sample, name):
-    """Each that is left out is neutral, and sampling is not greedy."""
-    options, same = MEANINGS[name]
-    result, greedy = sample(PROMPTS[2], **options), GOLDEN[2]["greedy"][:12]
-    assert result == (sample(PROMPTS[2], **same) if same else greedy) and bool(same) == (result != greedy)
+def test_options_that_mean_sampling(sample):
+    """Each of them alone; what is left out is neutral; numbers may come as text."""
+    for options in {"temperature": 1}, {"top_k": 2000}, {"top_p": 0.99}, {"seed": 0}:
+        assert len({tuple(row) for row in sample([PROMPTS[2]] * 9, **options)}) > 1
+    ids = sample(PROMPTS[2], seed=0)
+    assert ids == sample(PROMPTS[2], temperature=1, top_k=0, top_p=1, seed=0)
+    assert ids == sample(PROMPTS[2], temperature="1.0", seed="0")
 
 
 def test_the_texts_of_a_seed_stay_from_version_to_version(sample):
@@ -134,10 +119,9 @@ def test_a_text_does_not_depend_on_the_batch(options):
 
 def test_the_steps_end_when_all_rows_have_had_the_stop_id(model, sample):
     """Until then every row goes on as if nothing had happened."""
-    _, hparams, params = model
     comma, rows = GOLDEN[0]["greedy"][2], sample(PROMPTS[:3], 40)
     needed = max(row.index(comma) for row in rows) + 1
-    steps = [*gpt2.generate_steps(PROMPTS[:3], params, hparams["n_head"], 40, stop_id=comma)]
+    steps = [*gpt2.generate_steps(PROMPTS[:3], model[2], 4, 40, stop_id=comma)]
     assert np.transpose(steps).tolist() == [row[:needed] for row in rows] and needed < 40
 
 
@@ -152,11 +136,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_options(sample, name):
+def test_bad_options(model, name):
     """What makes no sense is refused, by name and value, before anything is loaded."""
     for value in BAD[name]:
         with pytest.raises(ValueError, match=f"^{name} must .* not {re.escape(repr(value))}$"):
             gpt2.main("O", models_dir="nowhere", **{name: value})
-        if name not in ("batch_size", "n_tokens_to_generate"):
+        if name != "batch_size":
             with pytest.raises(ValueError, match=name):
-                sample(PROMPTS[0], **{name: value})
+                gpt2.generate([1], model[2], 4, **{"n_tokens_to_generate": 3, name: value})
