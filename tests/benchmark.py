@@ -33,6 +33,7 @@ import utils
 
 PROMPT = "Alan Turing theorized that computers would one day become"  # 10 tokens
 TASKS = {  # the lengths of the prompts, tokens to generate, options
+    "prefill of 10": ([10], 1, {}),
     "decode": ([10], 40, {}),
     "decode after 940": ([940], 80, {}),
     "batch of 8": ([10] * 8, 40, {}),
@@ -206,7 +207,7 @@ def main():
     parser.add_argument("--against", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     engines = [name for name, (_, needs, _) in ENGINES.items() if all(map(util.find_spec, needs))]
-    engines, tasks = ([], ["command", *TASKS]) if args.against else (engines, ["command", *TASKS][:6])
+    engines, tasks = ([], ["command", *TASKS]) if args.against else (engines, ["command", *TASKS][:7])
     with ProcessPoolExecutor(1) as pool:  # another process: the peak memory of a child counts from its parent's
         folder = pool.submit(prepare, args.model_size, engines).result()
     measures = {name: start(name, folder) for name in engines}

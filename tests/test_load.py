@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT, nested, random_tensors, run, write_checkpoint
+from conftest import GOLDEN, ROOT, nested, random_tensors, write_checkpoint
 from server import index_of
 
 import encoder
@@ -90,14 +90,6 @@ def test_what_is_not_plainly_the_model_is_read_through_tensorflow_each_time(tmp_
         np.testing.assert_equal(params, nested(tensors))
         assert params["wte"].dtype == params["blocks"][10]["ln_2"]["b"].dtype == np.float32
         assert re.fullmatch("[^\n]*tensorflow[^\n]*\n", capsys.readouterr().err, re.IGNORECASE)  # why, and what to do
-
-
-def test_a_tensorflow_that_is_needed_and_does_not_work_is_named(models, tmp_path):
-    os.truncate(models / "2M" / DATA, 999)
-    (tmp_path / "tensorflow.py").write_text("raise TypeError('broken')")
-    result = run("Once", "--model_size=2M", f"--models_dir={models}", env={"PYTHONPATH": str(tmp_path)})
-    last = result.stderr.splitlines()[-1]
-    assert result.returncode == 1 and re.search("^error: .*tensorflow.*pip install", last) and "Trace" not in last
 
 
 @pytest.mark.parametrize("other", [{}, {"model/h10/mlp/c_fc/w": np.zeros((144, 36))}], ids=["missing", "144, 36"])

@@ -4,9 +4,7 @@ import ast
 import json
 import re
 import shutil
-import socket
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from subprocess import check_output
 
@@ -69,18 +67,3 @@ def test_command(command, text):
     command = command.replace("python gpt2.py", f"'{sys.executable}' gpt2.py")
     output = check_output(["bash", "-c", command], cwd=ROOT, encoding="utf-8", timeout=300)
     assert output.split() == re.sub("^> ", "", text, flags=re.MULTILINE).split()
-
-
-@pytest.mark.skipif("jax" in LACKED, reason="JAX is optional: pip install jax")
-def test_several_machines():
-    """The last block in two processes, as on two machines, each with half of the rows."""
-    (first, _), *_, (training, _), _, (last, text) = SESSIONS["How text becomes text"]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        join = f'jax.distributed.initialize("127.0.0.1:{free.getsockname()[1]}", 2, int(sys.argv[1]))'
-    code = f"import sys\n{first}{training}{last}".replace("count=8", "count=1").replace("range(30)", "range(1)")
-    code = code.replace("jnp\nfrom", f"jnp\n{join}\nfrom")
-    command = [sys.executable, "-c", code]
-    with ThreadPoolExecutor() as pool:
-        outputs = pool.map(lambda number: check_output([*command, number], cwd=ROOT, text=True, timeout=120), "01")
-    for output in outputs:
-        assert output.endswith(text.replace("8 devices", "2 devices").replace("(2, ", "(8, "))
