@@ -1,4 +1,4 @@
-"""One import away: with JAX's NumPy in the place of NumPy, gpt2() compiles and differentiates (many devices: README)."""
+"""One import away: with JAX's NumPy in the place of NumPy, gpt2() compiles and differentiates. Many devices: README."""
 
 from unittest.mock import patch
 
