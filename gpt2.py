@@ -122,7 +122,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
 #         ids = [*ids, int(logits[-1].argmax())]
 # But no position sees those after it, so its keys and values stay the same as the text grows. The KV cache keeps them
 # (but no queries, because each is used once, in its own step). After n tokens, one more costs the 124M model
-#   without a cache: 124 million multiplications for each of the n tokens, and those of attention: all grows with n
+#   without a cache: 124 million multiplications for each of the n tokens, and those of attention; both grow with n
 #   with a cache: each of the 124 million weights is read and used once, however long the text; and the cache is read:
 #     12 layers * 2 * 768 = 18,432 numbers (73,728 bytes) for each of the n tokens, which is all that grows with n
 
