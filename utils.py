@@ -84,7 +84,7 @@ def download(url, path, model_size, n_bytes):
             proxy = "the proxy: " if isinstance(error, requests.exceptions.ProxyError) else ""
             failure = f"cannot fetch {url}: {proxy}{getattr(cause, 'strerror', None) or plain(cause)}"
             n_fruitless = 0 if size < part.stat().st_size < n_bytes else n_fruitless + 1
-            if n_fruitless and isinstance(error, (ValueError, requests.exceptions.SSLError)):  # no use to try again
+            if isinstance(error, (ValueError, requests.exceptions.SSLError)):  # it is no use to try again
                 raise OSError(failure) from None
         if n_fruitless == 5:
             raise OSError(f"{failure}; run again to go on where it stopped (--model_size 2M works without a network)")
@@ -119,8 +119,8 @@ def fetch(url, part, size, n_bytes):
                     bar.update(file.write(new))
                     if file.tell() > (n_bytes or 2**22):
                         raise ValueError(f"HTTP status {status} and more bytes than the file has")
-                if file.tell() < (n_bytes or total or 1):
-                    raise requests.HTTPError(f"{file.tell()} bytes came, of {n_bytes or total}")
+                if file.tell() < (n_bytes or 1):
+                    raise requests.HTTPError(f"only {file.tell()} bytes came")
             finally:
                 if n_bytes and (file.tell() > n_bytes or (file.tell() < n_bytes and not total)):
                     file.truncate(size)  # these bytes may belong to something else, a login page, say
@@ -247,9 +247,9 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
     with reading(model_dir / "encoder.json or vocab.bpe"):
         encoder = get_encoder(model_size, models_dir)
         n_tokens, n_vocab = len(encoder.decoder), hparams["n_vocab"]
-        if not max(encoder.decoder) < n_tokens <= n_vocab < n_tokens + 128 or "<|endoftext|>" not in encoder.encoder:
+        if not max(encoder.decoder) < n_tokens <= n_vocab < 2 * n_tokens or "<|endoftext|>" not in encoder.encoder:
             raise ValueError(f"{n_tokens} tokens (with <|endoftext|>?), but n_vocab is {n_vocab} in hparams.json")
-    params["wte"] = params["wte"][:n_tokens]  # n_vocab may be padded to a multiple of 128, which must not be drawn
+    params["wte"] = params["wte"][:n_tokens]  # n_vocab may be padded to a round number, which must not be drawn
     return encoder, hparams, params
 
 

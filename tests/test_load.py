@@ -68,7 +68,7 @@ def test_a_released_model_is_mapped_if_it_has_the_numbers_of_its_name(tmp_path, 
     os.truncate(tmp_path / size / DATA, SIZES[size])
     assert len(load(size, tmp_path)[2]["blocks"]) == utils.RELEASED[size]["n_layer"]
     change(tmp_path / size / "hparams.json", rb'"n_head": \d+', b'"n_head": 4')
-    with pytest.raises(ValueError, match=r"hparams\.json"):
+    with pytest.raises(ValueError, match=r"hparams\.json.*delete it"):
         load(size, tmp_path)
 
 
@@ -105,7 +105,6 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, request, other):
 DAMAGE = {  # (file of 2M, what is in it, what is put in its place)
     **{f"{name} is empty": (name, rb"\A.*", b"") for name in ("encoder.json", "hparams.json", INDEX, DATA)},
     "half an index": (INDEX, rb"\A(.{1300}).*", rb"\1"),
-    "an index without its last place": (INDEX, rb"\x28\x80\x80\x48", b""),
     "an index in another order": (INDEX, rb"\A(.{1300})(.*)", rb"\2\1"),
     "a data file that goes on": (DATA, rb"\Z", b"more"),
     "fewer layers, more positions, the same size": ("hparams.json", rb'(x": )\d+(.*r": )\d+', rb"\g<1>1997\g<2>5"),
@@ -115,7 +114,6 @@ DAMAGE = {  # (file of 2M, what is in it, what is put in its place)
     "half a layer": ("hparams.json", rb'"n_layer": \d+', b'"n_layer": 6.5'),
     "no end of text": ("encoder.json", b"endoftext", b"end"),
     "an id that is missing": ("encoder.json", rb', "[^"]+": 2046', b""),
-    "an id twice": ("encoder.json", b"2046", b"2045"),
 }
 
 
@@ -124,7 +122,7 @@ def test_a_damaged_or_missing_file_is_named(models, monkeypatch, case):
     name, pattern, new = DAMAGE[case]
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     change(models / "2M" / name, pattern, new)
-    with pytest.raises(ValueError, match=rf"{name}|model\.ckpt"):
+    with pytest.raises(ValueError, match=rf"({name}|model\.ckpt).*git checkout"):
         load("2M", models)
     (models / "2M" / name).unlink()
     with pytest.raises(ValueError, match=rf"{name}|model\.ckpt|\.index"):
@@ -141,6 +139,7 @@ VOCABULARIES = {  # (rows of wte, tokens beside the 2,048, how many ids may be d
     "tokens added in both places": (2050, b', "<|user|>": 2048, "<|model|>": 2049}', 2050),
     "rows up to a round number": (2100, b"}", 2048),
     "more tokens than rows": (2040, b"}", "(?=.*2,?048)(?=.*2,?040)"),
+    "far fewer tokens than rows": (4096, b"}", "(?=.*2,?048)(?=.*4,?096)"),
 }
 
 
@@ -201,8 +200,7 @@ def test_home_is_where_it_always_is(models, model, monkeypatch):
 
 
 MISTAKES = {  # (model_size, models_dir, what is said)
-    "a model's own folder": ("2M", "models/2M", "--models_dir .*models --model_size 2M"),
-    "a model's own folder, and the default": ("124M", "models/2M", "--models_dir .*models --model_size 2M"),
+    "a model's own folder": ("124M", "models/2M", "--models_dir .*models --model_size 2M"),
     "a path for a name": ("models/2M", "models", "models_dir.* 2M"),
     "a name that is nowhere": ("3M", "models", "3M(?=.* 2M)(?=.* 124M)(?=.* 1558M)"),
 }
