@@ -103,7 +103,7 @@ def gpt2(inputs, wte, wpe, blocks, ln_f, n_head, positions=None, cache=None):
     if positions is None:
         positions = np.arange(inputs.shape[-1])  # [n_seq]
     # The two may be added: training makes them point in different directions, so that blocks can tell them apart.
-    # wpe tells where a token stands. Swap two of its rows, and the text goes on as if two words had changed places.
+    # wpe says where a token stands: swap two rows, and these tokens claim each other's place, so another text follows.
     x = wte[inputs] + wpe[positions]  # [..., n_seq, n_embd]
     layer_caches = [None] * len(blocks) if cache is None else cache
     for block, layer_cache in zip(blocks, layer_caches):
@@ -284,7 +284,7 @@ def cli(
     Args:
         prompts: beginnings of texts; after -- they may begin with a dash
         prompt: one more, which may begin with a dash: --prompt="--like this"
-        prompts_file: one prompt a line in (-: standard input), JSON lines out
+        prompts_file: a file, one prompt a line (-: standard input); JSON lines out
         n_tokens_to_generate: how many tokens to generate at most
         model_size: 124M, 355M, 774M or 1558M, 2M (included), or a folder's name
         models_dir: the folder of the models; by default the one beside gpt2.py

@@ -65,10 +65,10 @@ def download_gpt2_files(model_size, model_dir):
 
 
 def download(url, path, model_size, n_bytes):
-    """Fetch url into path.part, rename that when it is verified. n_bytes: of the data file; 0 for the small others."""
+    """Fetch url into path.part and rename it once it is verified. n_bytes: the data file's; 0 for the small files."""
     import requests
 
-    part, n_fruitless, handled = Path(f"{path}.part"), 0, sys.exc_info()[1]
+    part, n_fruitless, handled = Path(f"{path}.part"), 0, sys.exc_info()[1]  # handled: by the caller, just now
     part.touch()
     while True:
         size = part.stat().st_size if part.stat().st_size < n_bytes else 0  # the next try or run resumes the data file
@@ -127,7 +127,7 @@ def fetch(url, part, size, n_bytes):
 
 
 def is_right(path, name, model_size):
-    """Whether a file is the one that OpenAI released, by its numbers, its SHA-256 or its end; yes if none is known."""
+    """Whether a file is the one that OpenAI released, by its content, SHA-256 or last bytes, if one is known."""
     if name == "hparams.json":
         return json.loads(path.read_bytes()) == RELEASED[model_size]
     known = SHA256.get(name) or SHA256.get(f"{model_size}/{name}")
@@ -199,7 +199,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     data, index = Path(tf_ckpt_path + SUFFIX), Path(tf_ckpt_path + ".index")
     with reading(f"{index} or {data}"):
         can_be_mapped = is_plain(index.read_bytes(), shapes, data.stat().st_size)
-        if can_be_mapped:  # it takes no time and no second copy; the numbers were verified when they were fetched
+        if can_be_mapped:  # it takes no time and no second copy; who fetched it verified it, where a hash is public
             ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
             tensors = np.split(np.memmap(data, "<f4", "r").view(np.ndarray), ends[:-1])
     if not can_be_mapped:
