@@ -13,11 +13,12 @@ IDS = GOLDEN[3]["ids"]
 
 
 def test_logits(model):
-    """A JAX array with NumPy's logits."""
+    """A JAX array with NumPy's logits, for a batch."""
+    ids = [IDS, IDS[::-1]]
     with patch.object(gpt2, "np", jax.numpy):
-        logits = gpt2.gpt2(IDS, **model[2], n_head=4)
+        logits = gpt2.gpt2(ids, **model[2], n_head=4)
     assert isinstance(logits, jax.Array) and logits.dtype == np.float32
-    np.testing.assert_allclose(logits, gpt2.gpt2(IDS, **model[2], n_head=4), rtol=0, atol=5e-4)
+    np.testing.assert_allclose(logits, gpt2.gpt2(ids, **model[2], n_head=4), rtol=0, atol=5e-4)
 
 
 def test_jit(model):
