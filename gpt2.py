@@ -235,7 +235,7 @@ def complete(prompts, loaded, n_tokens_to_generate, batch_size=1, seed=None, **s
             rows = [(id for [id] in steps)]  # each id as soon as it is there
         elif ids:  # else no prompt of the batch has a text, and steps is never started
             rows = np.reshape([*steps], (-1, len(ids))).T.tolist()  # [n_batch, n_steps]
-        for number, row in zip(ids, rows):  # a text ends before its first <|endoftext|>
+        for number, row in zip(ids, rows):  # here a text is given its end: before its first <|endoftext|>
             texts[number] = encoder.decode_steps(itertools.takewhile(lambda id: id != end, row))
         for number, prompt in batch:
             yield prompt, texts[number]
