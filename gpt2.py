@@ -46,7 +46,7 @@ def linear(x, w, b):
 
 
 def ffn(x, c_fc, c_proj):
-    """The feed-forward network: a linear map c_fc (fully connected) to 4 times n_embd, a bend, a map c_proj back."""
+    """The feed-forward network: a linear map c_fc (fully connected) to 4 * n_embd, a bend, and a map c_proj back."""
     # Without the bend the two would collapse into one. c_ is short for convolution, OpenAI's name for a map {w, b}.
     return linear(gelu(linear(x, **c_fc)), **c_proj)  # [..., n_embd] -> [..., 4 * n_embd] -> [..., n_embd]
 

@@ -68,7 +68,7 @@ def download(url, path, model_size, n_bytes):
     """Fetch url into path.part and rename it once it is verified. n_bytes: the data file's; 0 for the small files."""
     import requests
 
-    part, n_fruitless, handled = Path(f"{path}.part"), 0, sys.exc_info()[1]  # handled: by the caller, just now
+    part, n_fruitless, handled = Path(f"{path}.part"), 0, sys.exc_info()[1]  # handled: by a caller's except
     part.touch()
     while True:
         size = part.stat().st_size if part.stat().st_size < n_bytes else 0  # the next try or run resumes the data file
@@ -199,7 +199,7 @@ def load_gpt2_params_from_tf_ckpt(tf_ckpt_path, hparams):
     data, index = Path(tf_ckpt_path + SUFFIX), Path(tf_ckpt_path + ".index")
     with reading(f"{index} or {data}"):
         can_be_mapped = is_plain(index.read_bytes(), shapes, data.stat().st_size)
-        if can_be_mapped:  # it takes no time and no second copy; who fetched it verified it, where a hash is public
+        if can_be_mapped:  # it takes no time and no second copy; the download verified it, where a hash is public
             ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
             tensors = np.split(np.memmap(data, "<f4", "r").view(np.ndarray), ends[:-1])
     if not can_be_mapped:
@@ -249,7 +249,7 @@ def load_encoder_hparams_and_params(model_size="124M", models_dir=None):
         n_tokens, n_vocab = len(encoder.decoder), hparams["n_vocab"]
         if not max(encoder.decoder) < n_tokens <= n_vocab < 2 * n_tokens or "<|endoftext|>" not in encoder.encoder:
             raise ValueError(f"{n_tokens} tokens (with <|endoftext|>?), but n_vocab is {n_vocab} in hparams.json")
-    params["wte"] = params["wte"][:n_tokens]  # n_vocab may be padded to a round number, which must not be drawn
+    params["wte"] = params["wte"][:n_tokens]  # n_vocab may be padded to a round number; the padding must not be drawn
     return encoder, hparams, params
 
 
